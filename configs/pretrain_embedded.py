@@ -1,0 +1,24 @@
+"""Trains the embedded model, a small Stable Diffusion 2, from nothing.
+
+python -m sdprune_jax.main --config=configs/pretrain_embedded.py[:tiny]
+"""
+
+from sdprune_jax import config
+
+
+def get_config(size: str | None = None) -> config.Run:
+    pretrain = config.Pretrain()
+    pretrain.clip.training = config.Training(
+        num_steps=1600, batch_size=192, learning_rate=1e-3, warmup_steps=100, weight_decay=0.1,
+        ema_decay=0.99, log_every=20, save_every=200,
+    )  # fmt: skip
+    pretrain.vae.training = config.Training(
+        num_steps=2500, batch_size=16, learning_rate=2e-3, warmup_steps=100,
+        ema_decay=0.99, log_every=50, save_every=250,
+    )  # fmt: skip
+    pretrain.unet.training = config.Training(
+        num_steps=4500, batch_size=64, learning_rate=2e-3, warmup_steps=200,
+        ema_decay=0.999, log_every=50, save_every=250,
+    )  # fmt: skip
+    run = config.Run(workdir="runs/pretrain_embedded", pretrain=pretrain)
+    return config.resize(run, size)

@@ -1,0 +1,263 @@
+"""The schema of a run. A stage runs if, and only if, its section is set."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+COMPONENTS = ("text_encoder", "unet", "vae")
+DTYPES = ("float32", "bfloat16", "float16")
+SAMPLERS = ("pndm", "ddim", "dpm++")
+
+
+def _of(default: Any, *legal: Any) -> Any:
+    """A field with a default and a closed set of legal values."""
+    return dataclasses.field(default=default, metadata={"legal": legal})
+
+
+def _in(default: Any, low: float, high: float) -> Any:
+    """A field with a default and a range of legal values, both ends included."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclasses.dataclass
+class Mesh:
+    """Devices along each axis."""
+
+    data: int = -1  # devices; -1: all that fsdp leaves
+    fsdp: int = _in(1, 1, 2**20)  # devices
+
+
+@dataclasses.dataclass
+class Training:
+    """One training: AdamW, linear warm-up, cosine decay to zero."""
+
+    num_steps: int = _in(1000, 1, 10**9)
+    batch_size: int = _in(64, 1, 2**20)  # samples over all devices
+    learning_rate: float = _in(1e-3, 0.0, 1.0)  # at the end of the warm-up
+    warmup_steps: int = _in(100, 0, 10**9)
+    weight_decay: float = _in(0.01, 0.0, 10.0)
+    clip_norm: float = _in(1.0, 0.0, 1e6)  # of the global gradient
+    ema_decay: float = _in(0.999, 0.0, 1.0)
+    log_every: int = _in(50, 1, 10**9)  # steps
+    save_every: int = _in(500, 1, 10**9)  # steps
+
+
+@dataclasses.dataclass
+class PretrainCLIP:
+    """A small CLIP with a tokenizer of its own, learned from the captions."""
+
+    vocab_size: int = _in(2048, 515, 2**20)
+    max_length: int = _in(24, 4, 4096)  # tokens, marks included
+    text_layers: int = _in(5, 2, 100)  # the text encoder keeps all but the last
+    vision_layers: int = _in(4, 1, 100)
+    width: int = _in(128, 8, 8192)  # of both towers
+    heads: int = _in(4, 1, 256)
+    patch_size: int = _in(8, 1, 64)  # pixels
+    training: Training = dataclasses.field(default_factory=Training)
+
+
+@dataclasses.dataclass
+class PretrainVAE:
+    """A KL autoencoder with 4 latent channels."""
+
+    widths: tuple[int, ...] = (16, 32, 64)  # of each level; each but the first halves the size
+    layers_per_block: int = _in(1, 1, 10)
+    norm_num_groups: int = _in(8, 1, 256)
+    kl_weight: float = _in(3e-4, 0.0, 1.0)  # of the mean divergence of a latent value
+    training: Training = dataclasses.field(default_factory=Training)
+
+
+@dataclasses.dataclass
+class PretrainUNet:
+    """A UNet of Stable Diffusion 2's skeleton on the other two."""
+
+    widths: tuple[int, ...] = (16, 32, 64, 64)
+    heads: tuple[int, ...] = (2, 4, 8, 8)
+    norm_num_groups: int = _in(8, 1, 256)
+    captions_per_image: int = _in(4, 1, 1000)  # text states computed and cached
+    caption_dropout: float = _in(0.1, 0.0, 1.0)  # for classifier-free guidance
+    min_snr_gamma: float = _in(5.0, 0.0, 1e9)  # 0: constant weights
+    training: Training = dataclasses.field(default_factory=Training)
+
+
+@dataclasses.dataclass
+class Pretrain:
+    """Trains a model of Stable Diffusion 2's architecture from nothing, on the embedded data."""
+
+    num_images: int = _in(0, 0, 10**9)  # of the training split; 0: all
+    clip: PretrainCLIP = dataclasses.field(default_factory=PretrainCLIP)
+    vae: PretrainVAE = dataclasses.field(default_factory=PretrainVAE)
+    unet: PretrainUNet = dataclasses.field(default_factory=PretrainUNet)
+
+
+@dataclasses.dataclass
+class PruneComponent:
+    """Layer-wise magnitude pruning of one component."""
+
+    sparsity: float = _in(0.5, 0.0, 0.999999)  # fraction of the prunable weights removed
+    scope: str = _of("linear", "linear", "linear+conv")
+    threshold: str = _of("exact", "exact", "rz")  # rz: Ramesh & Zhao's rule, which overshoots on ties
+
+
+@dataclasses.dataclass
+class Prune:
+    """Post-training pruning; a component without a section is left alone."""
+
+    text_encoder: PruneComponent | None = None
+    unet: PruneComponent | None = None
+    save_dtype: str = _of("float32", *DTYPES)  # of what is written
+
+
+@dataclasses.dataclass
+class Generate:
+    """The same prompts and noise through every model of the run."""
+
+    prompts: str = "embedded"  # `embedded`: captions of the embedded data; or a text file
+    num_prompts: int = _in(16, 1, 10**7)
+    split: str = _of("train", "train", "val", "test")  # of the embedded captions
+    batch_size: int = _in(16, 1, 2**16)  # images over all devices
+    sampler: str | None = _of(None, None, *SAMPLERS)  # None: what the model's scheduler says
+    num_steps: int = _in(25, 1, 1000)
+    guidance_scale: float = _in(7.5, 0.0, 100.0)
+    negative_prompt: str = ""
+    height: int | None = None  # pixels; None: the model's own
+    width: int | None = None  # pixels
+
+
+@dataclasses.dataclass
+class Report:
+    """One self-contained HTML file."""
+
+    title: str = "Pruned Stable Diffusion 2"
+    num_images: int = _in(12, 0, 1000)  # prompts in the grid
+
+
+@dataclasses.dataclass
+class Run:
+    """One experiment."""
+
+    workdir: str = "runs/run"
+    model: str = "embedded"  # directory in diffusers layout, or `embedded`
+    variant: str = ""  # e.g. fp16, of the model's files
+    seed: int = _in(0, 0, 2**32 - 1)
+    dtype: str = _of("float32", *DTYPES)  # of the computation
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    pretrain: Pretrain | None = None
+    prune: Prune | None = None
+    generate: Generate | None = None
+    report: Report | None = None
+
+
+def resize(run: Run, size: str | None) -> Run:
+    """Returns `run` for a pod or GPU, or, for `tiny`, shrunk to a minute or two of a CPU.
+
+    Raises:
+        ValueError: if `size` is neither None nor `tiny`.
+    """
+    if size is None:
+        return run
+    if size != "tiny":
+        raise ValueError(f"unknown size {size!r} after the config's name; use `tiny`, or leave it out")
+    run.workdir += "_tiny"
+    if run.pretrain:
+        run.pretrain.num_images = 64
+        for part in (run.pretrain.clip, run.pretrain.vae, run.pretrain.unet):
+            part.training = dataclasses.replace(
+                part.training, num_steps=4, batch_size=16, warmup_steps=1, log_every=2, save_every=2
+            )
+        run.pretrain.clip.text_layers, run.pretrain.clip.vision_layers = 2, 1
+        run.pretrain.vae.widths = (8, 8, 16)
+        run.pretrain.unet.widths, run.pretrain.unet.heads = (8, 8, 16, 16), (1, 1, 2, 2)
+        run.pretrain.unet.captions_per_image = 1
+    else:
+        run.model = "embedded"
+    if run.generate:
+        run.generate = dataclasses.replace(
+            run.generate, prompts="embedded", num_prompts=2, batch_size=2, num_steps=2,
+            height=None, width=None,
+        )  # fmt: skip
+    return run
+
+
+def check(run: Run) -> None:
+    """Checks every field of `run` against its type and its legal values.
+
+    Raises:
+        ValueError: naming every key that is wrong, what it is, and what it may be.
+    """
+    problems = _problems(run, "config")
+    if problems:
+        raise ValueError("the config is not possible:\n  " + "\n  ".join(problems))
+
+
+def check_keys(run: Run, keys: list[str]) -> None:
+    """Checks dotted keys, as given on the command line, against the fields of `run`.
+
+    Raises:
+        ValueError: naming every unknown key, the nearest spelling and the legal names.
+    """
+    problems = []
+    for key in keys:
+        node: Any = type(run)
+        done = []
+        for part in key.split("."):
+            fields = {f.name: f for f in dataclasses.fields(node)} if node else {}
+            if part not in fields:
+                where = "config" + "".join(f".{name}" for name in done)
+                near = difflib.get_close_matches(part, fields, n=1)
+                hint = f"did you mean `{near[0]}`? " if near else ""
+                legal = ", ".join(fields) or "nothing: it is a value"
+                problems.append(f"{where} has no field `{part}`; {hint}it has {legal}")
+                break
+            node = _section(fields[part])
+            done.append(part)
+    if problems:
+        raise ValueError("unknown config keys:\n  " + "\n  ".join(problems))
+
+
+def _section(field: dataclasses.Field) -> Any:
+    """The dataclass that a field holds, or None for a plain value."""
+    options = typing.get_args(field.type) if _is_union(field.type) else (field.type,)
+    return next((t for t in options if dataclasses.is_dataclass(t)), None)
+
+
+def _is_union(annotation: Any) -> bool:
+    return isinstance(annotation, types.UnionType)
+
+
+def _problems(node: Any, path: str) -> list[str]:
+    found = []
+    for field in dataclasses.fields(node):
+        value, key = getattr(node, field.name), f"{path}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            found += _problems(value, key)
+        elif not _fits(value, field.type):
+            name = getattr(field.type, "__name__", field.type)
+            found.append(f"{key} is {value!r}, expected {name}")
+        elif "legal" in field.metadata and value not in field.metadata["legal"]:
+            legal = ", ".join(map(str, field.metadata["legal"]))
+            near = difflib.get_close_matches(str(value), map(str, field.metadata["legal"]), n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            found.append(f"{key} is {value!r}, expected one of {legal}{hint}")
+        elif "low" in field.metadata:
+            low, high = field.metadata["low"], field.metadata["high"]
+            if not low <= value <= high:
+                hint = ""
+                if field.name == "sparsity" and 1 < value < 100:
+                    hint = f"; it is a fraction, so {value:g} % is {value / 100:g}"
+                found.append(f"{key} is {value!r}, expected {low} to {high}{hint}")
+    return found
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    if _is_union(annotation):
+        return any(_fits(value, option) for option in typing.get_args(annotation))
+    if annotation is types.NoneType or annotation is None:
+        return value is None
+    if typing.get_origin(annotation) is tuple:
+        return isinstance(value, tuple | list) and all(isinstance(v, int) for v in value)
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is annotation

@@ -1,0 +1,47 @@
+"""Arrays computed once and kept on disk, under a key of everything that they depend on."""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def fingerprint(*inputs: Any) -> str:
+    """A hash of arrays, trees of arrays and JSON values."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(inputs):
+        if hasattr(leaf, "dtype"):
+            array = np.ascontiguousarray(leaf)
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(array.tobytes())
+        else:
+            digest.update(json.dumps(leaf).encode())
+    return digest.hexdigest()[:16]
+
+
+def cached(directory: pathlib.Path, name: str, key: str, compute: Callable[[], Arrays]) -> Arrays:
+    """The arrays `name`, read back if they were computed under the same key, else computed.
+
+    Each is a file of its own, opened without being read: only the rows in use take memory.
+    """
+    final = directory / f"{name}-{key}"
+    if not final.exists():
+        partial = directory / f"{name}-{key}.tmp{os.getpid()}"
+        partial.mkdir(parents=True, exist_ok=True)
+        for field, array in compute().items():
+            np.save(partial / f"{field}.npy", array)
+        partial.rename(final)
+    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(final.glob("*.npy"))}
+
+
+def in_batches(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Rows in batches of one size; the last repeats its last row, which the caller cuts off."""
+    for first in range(0, num_rows, batch_size):
+        yield np.minimum(np.arange(first, first + batch_size), num_rows - 1)

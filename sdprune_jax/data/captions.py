@@ -1,0 +1,47 @@
+"""Captions of the embedded dataset: one canonical form, and variations of it for training."""
+
+import numpy as np
+
+from sdprune_jax.data.emoji import Concept
+
+CANONICAL = "{article} {style} emoji of {name}"
+UNSTYLED = "an emoji of {name}"
+VARIATIONS = (
+    CANONICAL,
+    UNSTYLED,
+    "{article} {style} drawing of {name}",
+    "a picture of {name} in {style} style",
+    "{name}, {style} style",
+    "{name}, {style} emoji",
+    "{name}",
+)
+
+
+def caption(concept: Concept, style: str | None = None) -> str:
+    """Returns "a flat emoji of red apple", or "an emoji of red apple" without a style."""
+    return _fill(CANONICAL if style else UNSTYLED, _name(concept), style)
+
+
+def augmented(rng: np.random.Generator, concept: Concept, style: str) -> str:
+    """Draws a caption: half are canonical, a third gain tags, 4% have tags instead of the label."""
+    template = CANONICAL if rng.random() < 0.5 else VARIATIONS[rng.integers(len(VARIATIONS))]
+    tags = [str(tag) for tag in rng.permutation(_new_tags(concept))]
+    if len(tags) > 1 and rng.random() < 0.04:
+        return _fill(template, ", ".join(tags[:3]), style)
+    num_tags = rng.choice(3, p=(0.66, 0.17, 0.17))
+    return ", ".join([_fill(template, _name(concept), style), *tags[:num_tags]])
+
+
+def _fill(template: str, name: str, style: str | None) -> str:
+    article = "an" if style and style[0] in "aeiou" else "a"
+    return template.format(article=article, style=style, name=name)
+
+
+def _name(concept: Concept) -> str:
+    """Returns the label, but "the flag of Kenya" for "flag: Kenya"."""
+    return concept.label.replace("flag: ", "the flag of ")
+
+
+def _new_tags(concept: Concept) -> list[str]:
+    """Returns the tags that say more than the label."""
+    return [tag for tag in concept.tags if tag.lower() not in concept.label.lower()]

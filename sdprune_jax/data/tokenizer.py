@@ -1,0 +1,169 @@
+"""CLIP's tokenizer: byte-level BPE of lower-cased words; trained here, or read from a directory.
+
+Source: CLIP, ICML 2021, section 2.4 (https://arxiv.org/abs/2103.00020); the layout of the
+vocabulary and of the files is that of Stable Diffusion's `tokenizer/` directory.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int32
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
+WORD_END = "</w>"
+# Contractions, runs of letters, single digits, runs of anything else but space.
+_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer and the ids that frame a text."""
+
+    bpe: tokenizers.Tokenizer
+    vocab_size: int
+    start_id: int
+    end_id: int
+    pad_id: int  # 0 in Stable Diffusion 2, where "!" is the padding; the end in version 1
+
+
+def train(
+    texts: Iterable[str],
+    directory: str | os.PathLike[str],
+    vocab_size: int = 2048,
+    max_length: int = 77,
+) -> Tokenizer:
+    """Learns merges from `texts` and writes the four files of a `tokenizer/` directory.
+
+    A vocabulary is 512 single bytes (inside and at the end of a word), merges, and two marks;
+    a small corpus yields fewer than `vocab_size` tokens. `max_length` is noted in the files.
+
+    Raises:
+        ValueError: if `vocab_size` leaves no room for a merge.
+    """
+    alphabet = _byte_symbols()
+    base = [*alphabet, *(symbol + WORD_END for symbol in alphabet)]
+    if vocab_size < len(base) + 3:
+        raise ValueError(
+            f"vocab_size must exceed {len(base) + 2} (single bytes and marks), got {vocab_size}"
+        )
+    bpe = _untrained(models.BPE(end_of_word_suffix=WORD_END))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        # Given the bytes as special tokens, the trainer numbers them in this order. It would
+        # number word ends at random otherwise, and ties between merges fall by these numbers.
+        special_tokens=base,
+        end_of_word_suffix=WORD_END,
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    tokens = [*sorted(model["vocab"], key=model["vocab"].__getitem__), START, END]
+    vocab = {token: index for index, token in enumerate(tokens)}
+
+    mark = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    start, end = {"content": START, **mark}, {"content": END, **mark}
+    special = {"bos_token": start, "eos_token": end, "pad_token": PAD, "unk_token": end}
+    config = {
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": max_length,
+        "tokenizer_class": "CLIPTokenizer",
+        **special,
+    }
+    folder = pathlib.Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "vocab.json": vocab,
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": config,
+    }
+    for name, content in contents.items():
+        text = json.dumps(content, ensure_ascii=False, indent=2)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return load(folder)
+
+
+def load(directory: str | os.PathLike[str]) -> Tokenizer:
+    """Reads the `tokenizer/` directory of a diffusers pipeline, as any version of it is saved.
+
+    Raises:
+        ValueError: if files are missing.
+    """
+    folder = pathlib.Path(directory)
+    merged = ("vocab.json", "merges.txt", "special_tokens_map.json")
+    packed = ("tokenizer.json", "tokenizer_config.json")  # as transformers 5 saves it
+    if _has(folder, merged):
+        vocab, special = (_read_json(folder / name) for name in merged[::2])
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+        merges = [(left, right) for left, right in (line.split() for line in lines if line)]
+        model = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END, unk_token=END)
+        bpe = _untrained(model)
+    elif _has(folder, packed):
+        special = _read_json(folder / "tokenizer_config.json")
+        bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        bpe.no_padding()
+        bpe.no_truncation()
+    else:
+        raise ValueError(
+            f"{folder} is no tokenizer/ directory of a diffusers pipeline: it must have"
+            f" {', '.join(merged)} or {', '.join(packed)};"
+            f" found {', '.join(sorted(path.name for path in folder.glob('*'))) or 'nothing'}"
+        )
+    pad = special["pad_token"]
+    pad = pad if isinstance(pad, str) else pad["content"]
+    # A padding of "!" swallows every "!" of a text: so does transformers' tokenizer.
+    bpe.add_special_tokens([START, END, pad])
+    ids = bpe.get_vocab()
+    return Tokenizer(bpe, len(ids), ids[START], ids[END], ids[pad])
+
+
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], max_length: int
+) -> Int32[np.ndarray, "n max_length"]:
+    """Returns start, text, end and padding; a longer text loses its last words, not its end."""
+    ids = np.full((len(texts), max_length), tokenizer.pad_id, np.int32)
+    encodings = tokenizer.bpe.encode_batch(list(texts), add_special_tokens=False)
+    for row, encoding in zip(ids, encodings, strict=True):
+        framed = [tokenizer.start_id, *encoding.ids[: max_length - 2], tokenizer.end_id]
+        row[: len(framed)] = framed
+    return ids
+
+
+def _has(folder: pathlib.Path, names: Iterable[str]) -> bool:
+    return all((folder / name).is_file() for name in names)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _untrained(model: models.BPE) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(model)
+    bpe.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            normalizers.Lowercase(),
+        ]
+    )
+    words = pre_tokenizers.Split(tokenizers.Regex(_WORD), behavior="removed", invert=True)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
+    return bpe
+
+
+def _byte_symbols() -> list[str]:
+    """Returns the 256 characters that stand for bytes, in CLIP's order: visible bytes first."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(0xAE, 0x100)}
+    hidden = len(set(range(256)) - visible)  # drawn as the characters from 256 on
+    return [chr(code) for code in (*sorted(visible), *range(256, 256 + hidden))]

@@ -1,0 +1,206 @@
+"""Layers that two models share. Their submodules carry the diffusers names."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+# Site name -> [b, units]: 1 keeps a unit, 0 removes it, values between scale it.
+Gates = Mapping[str, Float[Array, "b units"]]
+
+_FEW_POSITIONS = 16  # below it, XLA:CPU's convolution is up to 10 times slower than a product
+
+
+def site_name(module: nn.Module) -> str:
+    """The dotted path of a bound module, which names the prunable site that it holds."""
+    return ".".join(module.path)
+
+
+def gated(
+    x: Float[Array, "b *middle c"], gate: Float[Array, "b units"] | None
+) -> Float[Array, "b *middle c"]:
+    """Scales each run of `c / units` consecutive channels by the gate of its unit."""
+    if gate is None:
+        return x
+    channels = jnp.repeat(gate, x.shape[-1] // gate.shape[-1], axis=-1).astype(x.dtype)
+    return x * channels.reshape(x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
+
+
+def depth_gated(
+    identity: Float[Array, "b *middle c"],
+    x: Float[Array, "b *middle c"],
+    gate: Float[Array, "b 1"] | None,
+) -> Float[Array, "b *middle c"]:
+    """`x` where the gate is 1, `identity` where it is 0, and a blend between.
+
+    Source: APTP's depth gates (https://arxiv.org/abs/2406.12042).
+    """
+    if gate is None:
+        return x
+    gate = gate.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    return (1 - gate) * identity + gate * x
+
+
+def conv(features: int, size: int, *, stride: int = 1, padding: Any = None, **kwargs: Any):
+    """A Linen convolution padded as in PyTorch: by `size // 2` on every side unless told."""
+    padding = [(size // 2, size // 2)] * 2 if padding is None else padding
+    return nn.Conv(
+        features,
+        (size, size),
+        (stride, stride),
+        padding,
+        conv_general_dilated=_convolve,
+        **kwargs,
+    )
+
+
+def _convolve(
+    x: Array, kernel: Array, strides: Sequence[int], padding: Any, **kwargs: Any
+) -> Array:
+    def direct(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+
+    out = jax.eval_shape(direct, x, kernel)
+    if kernel.shape[0] == 1 or out.shape[1] * out.shape[2] > _FEW_POSITIONS:
+        return direct(x, kernel)
+    product = lambda x, kernel: conv_by_product(x, kernel, strides[0], padding)
+    return jax.lax.platform_dependent(x, kernel, cpu=product, default=direct)
+
+
+def conv_by_product(
+    x: Num[Array, "b h w c_in"],
+    kernel: Num[Array, "kh kw c_in c_out"],
+    stride: int,
+    padding: Sequence[tuple[int, int]],
+) -> Num[Array, "b h_out w_out c_out"]:
+    """A convolution as one matrix product with the shifted copies of its padded input."""
+    size, _, c_in, c_out = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    h, w = ((n - size) // stride + 1 for n in x.shape[1:3])
+    shifts = [(i, j) for i in range(size) for j in range(size)]
+    shifted = [x[:, i : i + stride * h : stride, j : j + stride * w : stride] for i, j in shifts]
+    patches = jnp.concatenate(shifted, axis=-1).reshape(-1, size * size * c_in)
+    return (patches @ kernel.reshape(-1, c_out)).reshape(x.shape[0], h, w, c_out)
+
+
+def group_norm(groups: int, epsilon: float, dtype: Any, name: str) -> nn.GroupNorm:
+    # The fast variance, E[x^2] - E[x]^2, loses digits that PyTorch keeps.
+    return nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The exact GELU, by the error function, as PyTorch's default."""
+    return nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x * sigmoid(1.702 x)`, of OpenAI's CLIP."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
+
+
+def timestep_embedding(
+    timestep: Int[Array, " b"], dim: int, flip_sin_to_cos: bool = True, freq_shift: int = 0
+) -> Float[Array, "b dim"]:
+    """Sines and cosines of `timestep` (0 to 999) at `dim / 2` frequencies from 1 to 1e-4."""
+    half = dim // 2
+    exponent = -math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+    angle = timestep.astype(jnp.float32)[:, None] * jnp.exp(exponent)[None]
+    parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+    return jnp.concatenate(parts, axis=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` to `context`, or to itself.
+
+    Attributes:
+        features: channels of the output.
+        heads: heads that are left, at most `features / head_dim`.
+        head_dim: channels of one head.
+        qkv_bias: whether `to_q`, `to_k` and `to_v` have biases.
+        upcast: compute the logits and the softmax from float32 queries and keys.
+        dtype: dtype of the computation; parameters are float32.
+    """
+
+    features: int
+    heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    upcast: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        context: Float[Array, "b m c_context"] | None = None,
+        gate: Float[Array, "b units"] | None = None,
+    ) -> Float[Array, "b n c_out"]:
+        context = x if context is None else context
+        inner = self.heads * self.head_dim
+
+        def project(name: str, y: Array) -> Array:
+            y = nn.Dense(inner, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(y)
+            y = y.reshape(*y.shape[:2], self.heads, self.head_dim)
+            return y.astype(jnp.float32) if self.upcast else y
+
+        q, k, v = project("to_q", x), project("to_k", context), project("to_v", context)
+        out = jax.nn.dot_product_attention(q, k, v).reshape(*x.shape[:2], inner)
+        out = gated(out.astype(self.dtype), gate)
+        return nn.Dense(self.features, dtype=self.dtype, name="to_out.0")(out)
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions around a skip connection.
+
+    Attributes:
+        out_channels: channels of the output, which is the residual stream: never pruned.
+        hidden_channels: channels between the convolutions: fewer than `out_channels` once pruned.
+        groups: groups of the first norm.
+        hidden_groups: groups of the second norm, which are the units of the site.
+        epsilon: of both norms.
+        dtype: dtype of the computation; parameters are float32.
+    """
+
+    out_channels: int
+    hidden_channels: int
+    groups: int
+    hidden_groups: int
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c_in"],
+        temb: Float[Array, "b t"] | None = None,
+        gate: Float[Array, "b units"] | None = None,
+    ) -> Float[Array, "b h w c_out"]:
+        h = nn.silu(group_norm(self.groups, self.epsilon, self.dtype, "norm1")(x))
+        h = conv(self.hidden_channels, 3, dtype=self.dtype, name="conv1")(h)
+        if temb is not None:
+            project = nn.Dense(self.hidden_channels, dtype=self.dtype, name="time_emb_proj")
+            h += project(nn.silu(temb))[:, None, None]
+        h = nn.silu(group_norm(self.hidden_groups, self.epsilon, self.dtype, "norm2")(h))
+        h = gated(h, gate)  # after the norm, so that a gate of 0 equals removal
+        h = conv(self.out_channels, 3, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.out_channels:
+            x = conv(self.out_channels, 1, dtype=self.dtype, name="conv_shortcut")(x)
+        return x + h
+
+
+def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Repeats every position twice along both axes (nearest neighbour)."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)

@@ -1,0 +1,396 @@
+"""The UNet of Stable Diffusion 2, with optional gates on every prunable site."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sdprune_jax.models.layers import (
+    Attention,
+    Gates,
+    ResnetBlock,
+    conv,
+    depth_gated,
+    gated,
+    gelu,
+    group_norm,
+    layer_norm,
+    site_name,
+    timestep_embedding,
+    upsample,
+)
+
+FF_UNITS = 32  # groups of neurons in a feed-forward network that are gated together
+
+# Keys of diffusers' config.json that SD2 fixes: any other value is another architecture.
+_FIXED = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "mid_block_scale_factor": 1,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+    "transformer_layers_per_block": 1,
+    "use_linear_projection": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Architecture of the UNet, under the names of diffusers' `config.json`.
+
+    Attributes:
+        attention_head_dim: heads (diffusers' misnomer) of each level.
+        kept_units: `(site, units)` of every site that was sliced; the others are whole. A depth
+            site with 0 units is a block that was removed.
+    """
+
+    sample_size: int = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)
+    layers_per_block: int = 2
+    attention_head_dim: tuple[int, ...] = (5, 10, 20, 20)
+    cross_attention_dim: int = 1024
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    upcast_attention: bool = False
+    kept_units: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "UNetConfig":
+        """Reads the values of a diffusers `unet/config.json`.
+
+        Raises:
+            ValueError: naming every value that is not Stable Diffusion 2's architecture.
+        """
+        problems = [
+            f"{key} is {values[key]!r}, expected {want!r}"
+            for key, want in _FIXED.items()
+            if key in values and values[key] != want and not (key == "act_fn" and values[key] == "swish")
+        ]
+        if not values.get("use_linear_projection", False):
+            problems.append("use_linear_projection is not set: this looks like Stable Diffusion 1")
+        known = {field.name for field in dataclasses.fields(cls)}
+        found = {key: _tuple(value) for key, value in values.items() if key in known}
+        levels = len(found.get("block_out_channels", cls.block_out_channels))
+        heads = found.get("attention_head_dim", cls.attention_head_dim)
+        found["attention_head_dim"] = heads if isinstance(heads, tuple) else (heads,) * levels
+        config = cls(**found)
+        problems += config.problems()
+        if problems:
+            raise ValueError("unet/config.json is not a Stable Diffusion 2 UNet:\n  " + "\n  ".join(problems))
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self) | _FIXED
+        if not self.kept_units:
+            del values["kept_units"]
+        return {"_class_name": "UNet2DConditionModel"} | dict(sorted(values.items()))
+
+    def problems(self) -> list[str]:
+        """Why these values cannot be a UNet; empty when they can."""
+        levels = len(self.block_out_channels)
+        found = []
+        for name in ("down_block_types", "up_block_types", "attention_head_dim"):
+            if len(getattr(self, name)) != levels:
+                found.append(f"{name} has {len(getattr(self, name))} entries for {levels} levels")
+        for name, legal in (
+            ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
+            ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
+        ):
+            found += [f"{name}: {t!r}, expected one of {legal}" for t in getattr(self, name) if t not in legal]
+        for channels, heads in zip(self.block_out_channels, self.attention_head_dim, strict=False):
+            if channels < 1 or channels % self.norm_num_groups:
+                found.append(f"{channels} channels do not divide into {self.norm_num_groups} groups")
+            if heads < 1 or channels % heads:
+                found.append(f"{channels} channels do not divide into {heads} heads")
+            if 4 * channels % FF_UNITS:
+                found.append(f"{4 * channels} neurons do not divide into {FF_UNITS} units")
+        if self.in_channels != 4:
+            kind = {9: "an inpainting model", 5: "a depth model"}.get(self.in_channels, "another model")
+            found.append(f"in_channels is {self.in_channels}, expected 4: this looks like {kind}")
+        return found
+
+    def units(self, site: str, dense: int) -> int:
+        """Units of `site` that are left of `dense`."""
+        return dict(self.kept_units).get(site, dense)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def depth_site(block: str) -> str:
+    """The site of the depth gate on the whole of `block`."""
+    return f"{block}.depth"
+
+
+class FeedForward(nn.Module):
+    """GEGLU feed-forward network; its units are runs of neurons."""
+
+    features: int
+    neurons: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n c"], gate: Float[Array, "b units"] | None = None
+    ) -> Float[Array, "b n c"]:
+        both = nn.Dense(2 * self.neurons, dtype=self.dtype, name="net.0.proj")(x)
+        value, scale = jnp.split(both, 2, axis=-1)
+        h = gated(value * gelu(scale), gate)
+        return nn.Dense(self.features, dtype=self.dtype, name="net.2")(h)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each a site."""
+
+    config: UNetConfig
+    features: int
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n c"], text: Float[Array, "b m d"], gates: Gates
+    ) -> Float[Array, "b n c"]:
+        path = site_name(self)
+
+        def attention(name: str) -> Attention:
+            heads = self.config.units(f"{path}.{name}", self.heads)
+            head_dim = self.features // self.heads
+            upcast = self.config.upcast_attention
+            return Attention(self.features, heads, head_dim, upcast=upcast, dtype=self.dtype, name=name)
+
+        def norm(name: str, x: Array) -> Array:
+            return layer_norm(1e-5, self.dtype, name)(x)
+
+        units = self.config.units(f"{path}.ff", FF_UNITS)
+        neurons = units * 4 * self.features // FF_UNITS
+        x += attention("attn1")(norm("norm1", x), None, gates.get(f"{path}.attn1"))
+        x += attention("attn2")(norm("norm2", x), text, gates.get(f"{path}.attn2"))
+        ff = FeedForward(self.features, neurons, self.dtype, name="ff")
+        return x + ff(norm("norm3", x), gates.get(f"{path}.ff"))
+
+
+class Transformer(nn.Module):
+    """One transformer block over the positions of an image."""
+
+    config: UNetConfig
+    features: int
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], text: Float[Array, "b m d"], gates: Gates
+    ) -> Float[Array, "b h w c"]:
+        site = depth_site(site_name(self))
+        if self.config.units(site, 1) == 0:
+            return x
+        h = group_norm(self.config.norm_num_groups, 1e-6, self.dtype, "norm")(x)
+        h = h.reshape(x.shape[0], -1, self.features)
+        h = nn.Dense(self.features, dtype=self.dtype, name="proj_in")(h)
+        block = TransformerBlock(
+            self.config, self.features, self.heads, self.dtype, name="transformer_blocks.0"
+        )
+        h = block(h, text, gates)
+        h = nn.Dense(self.features, dtype=self.dtype, name="proj_out")(h).reshape(x.shape)
+        return depth_gated(x, x + h, gates.get(site))
+
+
+class Resnet(nn.Module):
+    """A residual block as a site, of width and of depth.
+
+    Attributes:
+        identity_channels: leading channels of the input that stand in for a removed block.
+    """
+
+    config: UNetConfig
+    features: int
+    identity_channels: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c_in"], temb: Float[Array, "b t"], gates: Gates
+    ) -> Float[Array, "b h w c"]:
+        path, config = site_name(self), self.config
+        identity = x[..., : self.identity_channels]
+        if config.units(depth_site(path), 1) == 0:
+            return identity
+        units = config.units(path, config.norm_num_groups)
+        block = ResnetBlock(
+            out_channels=self.features,
+            hidden_channels=units * (self.features // config.norm_num_groups),
+            groups=config.norm_num_groups,
+            hidden_groups=units,
+            epsilon=config.norm_eps,
+            dtype=self.dtype,
+        )
+        nn.share_scope(self, block)  # its parameters are named as if they were this module's
+        h = block(x, temb, gates.get(path))
+        gate = gates.get(depth_site(path))
+        return h if gate is None else depth_gated(identity, h, gate)
+
+
+class Stage(nn.Module):
+    """ResNets of one resolution, each followed by a transformer where the level has them.
+
+    The down, middle and up blocks of diffusers differ only in what their ResNets are fed.
+    """
+
+    config: UNetConfig
+    level: int
+    has_attention: bool
+    num_resnets: int
+    dtype: Any
+    remat: bool
+
+    def layers(self, index: int, identity_channels: int) -> tuple[nn.Module, nn.Module | None]:
+        features = self.config.block_out_channels[self.level]
+        heads = self.config.attention_head_dim[self.level]
+        resnet_cls = nn.remat(Resnet) if self.remat else Resnet
+        transformer_cls = nn.remat(Transformer) if self.remat else Transformer
+        resnet = resnet_cls(
+            self.config, features, identity_channels, self.dtype, name=f"resnets.{index}"
+        )
+        if not self.has_attention:
+            return resnet, None
+        name = f"attentions.{index}"
+        return resnet, transformer_cls(self.config, features, heads, self.dtype, name=name)
+
+
+class DownBlock(Stage):
+    """Returns its output and every intermediate one, for the skip connections."""
+
+    downsample: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, temb: Array, text: Array, gates: Gates) -> tuple[Array, list[Array]]:
+        skips = []
+        for index in range(self.num_resnets):
+            resnet, transformer = self.layers(index, x.shape[-1])
+            x = resnet(x, temb, gates)
+            x = transformer(x, text, gates) if transformer else x
+            skips.append(x)
+        if self.downsample:
+            x = conv(x.shape[-1], 3, stride=2, dtype=self.dtype, name="downsamplers.0.conv")(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(Stage):
+    @nn.compact
+    def __call__(self, x: Array, temb: Array, text: Array, gates: Gates) -> Array:
+        resnet, transformer = self.layers(0, x.shape[-1])
+        last, _ = self.layers(1, x.shape[-1])
+        x = resnet(x, temb, gates)
+        return last(transformer(x, text, gates), temb, gates)
+
+
+class UpBlock(Stage):
+    """Takes one skip connection a ResNet, the latest first."""
+
+    upsample: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Array, skips: list[Array], temb: Array, text: Array, gates: Gates
+    ) -> Array:
+        for index in range(self.num_resnets):
+            skip = skips.pop()
+            x = x[:, : skip.shape[1], : skip.shape[2]]  # upsampling an odd size gives one too many
+            resnet, transformer = self.layers(index, x.shape[-1])
+            x = resnet(jnp.concatenate([x, skip], axis=-1), temb, gates)
+            x = transformer(x, text, gates) if transformer else x
+        if self.upsample:
+            h, w = skips[-1].shape[1:3]
+            x = upsample(x)[:, :h, :w]
+            x = conv(x.shape[-1], 3, dtype=self.dtype, name="upsamplers.0.conv")(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or the velocity) in latents, from their timestep and a prompt.
+
+    Attributes:
+        config: the architecture, dense or sliced.
+        dtype: dtype of the computation; parameters are float32, and so are norms' statistics,
+            softmax and the output.
+        remat: recompute ResNets and transformers in the backward pass, to save memory.
+    """
+
+    config: UNetConfig
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: Float[Array, "b h w c"],
+        timestep: Int[Array, " b"],
+        text: Float[Array, "b n d"],
+        gates: Gates | None = None,
+    ) -> Float[Array, "b h w c_out"]:
+        """Runs the UNet.
+
+        Args:
+            latents: noisy latents; `h` and `w` may be odd.
+            timestep: 0 to 999.
+            text: last hidden states of the text encoder.
+            gates: multipliers of the units of some sites; sites left out are open.
+        """
+        config, dtype, gates = self.config, self.dtype, gates or {}
+        channels, levels = config.block_out_channels, len(config.block_out_channels)
+        text = text.astype(dtype)
+
+        temb = timestep_embedding(timestep, channels[0], config.flip_sin_to_cos, config.freq_shift)
+        temb = nn.Dense(4 * channels[0], dtype=dtype, name="time_embedding.linear_1")(temb)
+        temb = nn.Dense(4 * channels[0], dtype=dtype, name="time_embedding.linear_2")(nn.silu(temb))
+
+        x = conv(channels[0], 3, dtype=dtype, name="conv_in")(latents.astype(dtype))
+        skips = [x]
+        for i, kind in enumerate(config.down_block_types):
+            block = DownBlock(
+                config, i, "CrossAttn" in kind, config.layers_per_block, dtype, self.remat,
+                downsample=i < levels - 1, name=f"down_blocks.{i}",
+            )  # fmt: skip
+            x, more = block(x, temb, text, gates)
+            skips += more
+        x = MidBlock(config, levels - 1, True, 2, dtype, self.remat, name="mid_block")(
+            x, temb, text, gates
+        )
+        for i, kind in enumerate(config.up_block_types):
+            block = UpBlock(
+                config, levels - 1 - i, "CrossAttn" in kind, config.layers_per_block + 1, dtype,
+                self.remat, upsample=i < levels - 1, name=f"up_blocks.{i}",
+            )  # fmt: skip
+            x = block(x, skips, temb, text, gates)
+        x = nn.silu(group_norm(config.norm_num_groups, config.norm_eps, dtype, "conv_norm_out")(x))
+        x = conv(config.out_channels, 3, dtype=dtype, name="conv_out")(x)
+        return x.astype(jnp.float32)
+
+
+def param_shapes(config: UNetConfig) -> Any:
+    """The parameters of `UNet(config)` as `jax.ShapeDtypeStruct`s; nothing is computed."""
+    size = 2 ** (len(config.block_out_channels) - 1)
+    latents = jnp.zeros((1, size, size, config.in_channels))
+    text = jnp.zeros((1, 1, config.cross_attention_dim))
+    init = lambda key: UNet(config).init(key, latents, jnp.zeros(1, jnp.int32), text)
+    return jax.eval_shape(init, jax.random.key(0))["params"]

@@ -1,0 +1,236 @@
+"""safetensors files and the JSON beside them: opened with suspicion, written in a stream."""
+
+import json
+import math
+import os
+import pathlib
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+from jaxtyping import Shaped
+
+FLOATS = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
+_INTEGERS = {"I64": np.int64, "I32": np.int32}
+_NAMES = {np.dtype(dtype): name for name, dtype in (FLOATS | _INTEGERS).items()}
+_MAX_JSON_BYTES = 10**7  # the header of the whole of Stable Diffusion 2 has 2e5
+_STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and as transformers call the file
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file, not yet read: `slices[index]` reads the part at `index`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    slices: Any
+
+    def read(self) -> Shaped[np.ndarray, "..."]:
+        return self.slices[...]
+
+
+def find_weights(directory: str | os.PathLike[str], variant: str | None = None) -> pathlib.Path:
+    """The safetensors file of a component, or the index of its several files.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    directory = pathlib.Path(directory)
+    mark = f".{variant}" if variant else ""
+    names = [f"{stem}{mark}.safetensors" for stem in _STEMS]
+    names += [f"{stem}.safetensors.index{mark}.json" for stem in _STEMS]
+    found = [directory / name for name in names if (directory / name).exists()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"{directory} holds the weights more than once: {', '.join(p.name for p in found)}; "
+            "keep one"
+        )
+    here = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
+    hint = f"it holds {', '.join(here[:10])}" if here else "it is empty or missing"
+    if any(name.endswith(_PICKLES) for name in here):
+        hint += "; pickles are not read because they can run code: convert them to safetensors"
+    if any(name.endswith(".msgpack") for name in here):
+        hint += "; tools/convert.py converts Flax weights"
+    raise ValueError(f"{directory} has neither {names[0]} nor {names[1]}: {hint}")
+
+
+def open_tensors(
+    directory: str | os.PathLike[str], variant: str | None = None
+) -> dict[str, StoredTensor]:
+    """All tensors of a component, unread, from one file or from the several of an index.
+
+    Raises:
+        ValueError: if a file is not intact, or the index does not tell what the files hold.
+    """
+    path = find_weights(directory, variant)
+    if path.suffix != ".json":
+        return open_file(path)
+    weight_map = read_weight_map(path)
+    stored, problems = {}, []
+    for name in sorted(set(weight_map.values())):
+        held = open_file(path.parent / name)
+        listed = {key for key, file in weight_map.items() if file == name}
+        problems += [f"{name} lacks {key}" for key in sorted(listed - held.keys())]
+        problems += [f"{name} has {key} unlisted" for key in sorted(held.keys() - listed)]
+        stored |= held
+    if problems:
+        raise ValueError(f"{path} does not describe its files:\n  {listing(problems)}")
+    return stored
+
+
+def read_weight_map(index: pathlib.Path) -> dict[str, str]:
+    """The file of every tensor, as an index names them.
+
+    Raises:
+        ValueError: if a name is not that of a safetensors file in the directory of the index.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    names = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
+    bad = [n for n in names if set(n) & set("/\\\0") or not n.endswith(".safetensors")]
+    if bad:
+        raise ValueError(f"{index} names files that are not beside it: {sorted(bad)}")
+    return weight_map
+
+
+def open_file(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """The tensors of one file, unread.
+
+    Raises:
+        ValueError: if the file is not an intact safetensors file, saying what it is instead.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "is no file"
+        raise ValueError(f"{path} {what}, expected a safetensors file")
+    _check_header(path)
+    try:
+        file = safetensors.safe_open(path, framework="numpy")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}; download it again") from error
+    return {n: StoredTensor(s.get_dtype(), tuple(s.get_shape()), s) for n, s in slices.items()}
+
+
+def write_file(
+    path: pathlib.Path,
+    specs: Mapping[str, jax.ShapeDtypeStruct],
+    read: Callable[[str], Shaped[np.ndarray, "..."]],
+) -> dict[str, int]:
+    """Writes one safetensors file; one tensor at a time is in memory.
+
+    Args:
+        path: written by the first process only.
+        specs: shape and dtype of every tensor.
+        read: returns the tensor of a name; every process calls it, in the same order.
+
+    Returns:
+        CRC-32 of every tensor.
+    """
+    # The order of the safetensors library, so that equal tensors make equal files.
+    names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers insist on it
+    end = 0
+    for name in names:
+        start, end = end, end + num_bytes(specs[name])
+        kind, shape = _NAMES[specs[name].dtype], specs[name].shape
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    sums = {}
+    with (path if jax.process_index() == 0 else pathlib.Path(os.devnull)).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            data = read(name).tobytes()
+            sums[name] = zlib.crc32(data)
+            file.write(data)
+        file.flush()
+        if jax.process_index() == 0:
+            os.fsync(file.fileno())
+    return sums
+
+
+def check_file(
+    path: pathlib.Path, specs: Mapping[str, jax.ShapeDtypeStruct], sums: Mapping[str, int]
+) -> None:
+    """Reads a file back and compares names, shapes, dtypes and contents with what was written."""
+    stored = open_file(path)
+    assert stored.keys() == specs.keys(), f"{path} holds other tensors than were written"
+    for name, tensor in stored.items():
+        want = (_NAMES[specs[name].dtype], specs[name].shape, sums[name])
+        assert (*tensor[:2], zlib.crc32(tensor.read().tobytes())) == want, f"{path}: {name} differs"
+
+
+def num_bytes(spec: jax.ShapeDtypeStruct) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads one JSON object.
+
+    Raises:
+        ValueError: if the file is missing, enormous, nested without end, or no JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, at most {_MAX_JSON_BYTES}")
+    return _parse_json(path.read_bytes(), str(path))
+
+
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def listing(problems: list[str], limit: int = 20) -> str:
+    """The first of `problems`, one a line, and how many more there are."""
+    more = [f"... and {len(problems) - limit} more"] if len(problems) > limit else []
+    return "\n  ".join(problems[:limit] + more)
+
+
+def _check_header(path: pathlib.Path) -> None:
+    """Refuses what the safetensors library accepts or explains badly."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        length = int.from_bytes(start[:8], "little")
+        if start.startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
+        if length > size and start.lstrip()[:1] in (b"<", b"{"):
+            raise ValueError(f"{path} is a web page or a message: {start!r}; download it again")
+        if length > size and start.startswith(b"PK"):
+            raise ValueError(f"{path} is a zip archive or a pickle, not safetensors")
+        if size < 8 or length > size - 8:
+            raise ValueError(
+                f"{path} is cut short: {size} bytes, of which the header needs {8 + length}; "
+                "download it again"
+            )
+        if length > _MAX_JSON_BYTES:
+            raise ValueError(f"{path}: the header has {length} bytes, at most {_MAX_JSON_BYTES}")
+        file.seek(8)
+        _parse_json(file.read(length), f"{path}: the header")
+
+
+def _parse_json(text: bytes, what: str) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
+            raise ValueError(f"keys occur twice: {listing(twice)}")
+        return values
+
+    try:
+        values = json.loads(text, object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON that can be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} is a JSON {type(values).__name__}, expected an object")
+    return values

@@ -1,0 +1,248 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sdprune_jax.pruning import masks, scores
+
+W = np.array(
+    [
+        [0.9, -0.1, 0.4, -0.7, 0.2, 0.05, -0.6, 0.3],
+        [-0.3, 0.8, -0.2, 0.15, -0.5, 0.25, 0.1, -0.45],
+        [0.35, -0.55, 0.12, 0.65, -0.08, 0.75, -0.22, 0.02],
+    ],
+    np.float32,
+)  # [outputs, inputs]; 0.3 is tied at the boundary of one half
+W_REMOVED = ["01001101", "00110110", "00101011"]  # by hand: the tie goes to the lower index
+
+LINEAR_SIZES = {  # size: how many, of SD2.1's prunable linear layers
+    "unet": {
+        102400: 40,
+        327680: 10,
+        409600: 51,
+        655360: 10,
+        819200: 10,
+        1310720: 12,
+        1638400: 66,
+        3276800: 5,
+        6553600: 6,
+        13107200: 6,
+    },
+    "text_encoder": {1048576: 92, 4194304: 46},
+}
+
+
+def _digits(keep):
+    return ["".join("01"[int(not kept)] for kept in row) for row in np.asarray(keep)]
+
+
+def _stable_lowest(tensor, k):
+    """The slow definition: sort by magnitude, ties by index, drop the first k."""
+    order = np.argsort(np.abs(tensor.astype(np.float32)).ravel(), kind="stable")
+    keep = np.ones(tensor.size, bool)
+    keep[order[:k]] = False
+    return keep.reshape(tensor.shape)
+
+
+def _awkward_tensors(dtype):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(dtype)
+    pair = normal(20, 30)
+    return {
+        "matrix": normal(33, 101),
+        "conv": normal(3, 3, 8, 5),
+        "vector": normal(97),
+        "one": normal(1, 1),
+        "one_row_of_a_batch": normal(8192),
+        "one_more": normal(8193),
+        "several_rows": normal(150, 160),
+        "all_equal": np.full((40, 50), -0.25, dtype),
+        "all_zero": np.zeros((40, 50), dtype),
+        "both_signs": np.concatenate([pair, -pair]),
+        "signed_zeros": np.where(normal(30, 30) > 0, 0.0, -0.0).astype(dtype),
+        "few_levels": np.round(normal(64, 64).astype(np.float32)).astype(dtype),
+        "denormal": (np.arange(-40, 40) * float(jnp.finfo(dtype).smallest_subnormal))
+        .astype(dtype)
+        .reshape(8, 10),
+        "wide": (normal(50, 40).astype(np.float32) ** 5).astype(dtype),
+    }
+
+
+@pytest.mark.parametrize(
+    ("size", "sparsity", "expected"),
+    [
+        (20, 0.35, 7),  # 6.999... in floats
+        (24, 0.5, 12),
+        (1000, 0.475, 475),
+        (100, 0.29, 29),  # 28.999... in floats
+        (3, 0.3, 0),
+        (7, 0.0, 0),
+        (1, 0.999, 0),
+        (4194304, 0.475, 1992294),
+        (1000000, 1e-6, 1),
+    ],
+)
+def test_num_removed_is_the_floor_of_the_decimal_product(size, sparsity, expected):
+    assert masks.num_removed(size, sparsity) == expected
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
+def test_sparsity_outside_its_range_is_refused(sparsity):
+    with pytest.raises(ValueError, match=r"in \[0, 1\)"):
+        masks.num_removed(10, sparsity)
+
+
+def test_sparsity_that_looks_like_a_percentage_gets_a_hint():
+    with pytest.raises(ValueError, match=r"for 35 percent write 0\.35"):
+        masks.num_removed(10, 35.0)
+
+
+def test_sd21_layers_lose_the_published_number_of_weights():
+    zeros = {
+        (component, sparsity): sum(
+            count * masks.num_removed(size, sparsity)
+            for size, count in LINEAR_SIZES[component].items()
+        )
+        for component, sparsity in [("unet", 0.35), ("text_encoder", 0.475)]
+    }
+    # The floor of each layer: 73 fewer than the floor of the whole text encoder, 137,468,313.
+    assert zeros == {("unet", 0.35): 105_426_944, ("text_encoder", 0.475): 137_468_240}
+    total = 340_387_840 + 865_910_724  # parameters of the text encoder and the UNet
+    nominal = (0.475 * 340_387_840 + 0.35 * 865_910_724) / total
+    np.testing.assert_allclose(nominal, 0.38527193, atol=5e-9)
+    np.testing.assert_allclose(sum(zeros.values()) / total, 0.20135584, atol=1e-7)
+
+
+def test_half_of_the_golden_matrix_is_removed_with_the_tie_by_index():
+    keep = masks.lowest(scores.magnitude(jnp.asarray(W)), 12)
+    assert _digits(keep) == W_REMOVED
+
+
+def test_the_published_threshold_rule_removes_the_tie_too():
+    keep = np.asarray(masks.threshold_rz(scores.magnitude(jnp.asarray(W)), 12))
+    assert np.count_nonzero(~keep) == 13
+    np.testing.assert_array_equal(keep, np.abs(W) > np.sort(np.abs(W), axis=None)[11])
+
+
+def test_rows_selected_one_by_one_agree_with_the_golden_matrix():
+    keep = [masks.lowest(scores.magnitude(jnp.asarray(row)), 4) for row in W]
+    assert _digits(keep) == W_REMOVED
+
+
+def test_the_published_threshold_rule_removes_nothing_at_zero():
+    assert np.all(masks.threshold_rz(jnp.zeros((4, 5)), 0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_every_tensor_of_a_batch_loses_exactly_its_lowest(dtype):
+    tensors = _awkward_tensors(dtype)
+    for fraction in (0.0, 0.35, 0.5, 1.0):
+        num_removed = {name: int((t.size - 1) * fraction) for name, t in tensors.items()}
+        selected = dict(masks.lowest_of_each(tensors, num_removed))
+        assert list(selected) == list(tensors)
+        for name, tensor in tensors.items():
+            expected = _stable_lowest(tensor, num_removed[name])
+            np.testing.assert_array_equal(selected[name], expected, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("matrix", jnp.float32),
+        ("conv", jnp.bfloat16),
+        ("vector", jnp.float16),
+        ("few_levels", jnp.float32),
+        ("denormal", jnp.bfloat16),
+    ],
+)
+def test_one_tensor_loses_exactly_its_lowest(name, dtype):
+    tensor = _awkward_tensors(dtype)[name]
+    for k in (0, 1, tensor.size // 3, tensor.size - 1):
+        keep = masks.lowest(jnp.asarray(tensor), k)
+        np.testing.assert_array_equal(keep, _stable_lowest(tensor, k))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [PartitionSpec("fsdp", None), PartitionSpec(None, "fsdp"), PartitionSpec("data", "fsdp")],
+)
+def test_a_sharded_tensor_gets_the_same_mask_and_is_never_gathered(spec):
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    tensor = np.round(np.random.default_rng(0).standard_normal((64, 96)) * 8).astype(np.float32)
+    k = 2000  # the boundary falls among many ties
+    sharded = jax.device_put(tensor, NamedSharding(mesh, spec))
+    keep = masks.lowest(sharded, k)
+    np.testing.assert_array_equal(keep, _stable_lowest(tensor, k))
+    assert keep.sharding.is_equivalent_to(sharded.sharding, 2)
+    compiled = masks.lowest.lower(sharded, k).compile().as_text()
+    collectives = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    assert set(re.findall(collectives, compiled)) == {"all-reduce"}
+
+
+def test_another_shape_or_number_does_not_compile_a_batch_again():
+    rng = np.random.default_rng(0)
+    tensor = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    list(masks.lowest_of_each({"a": tensor(3, 5)}, {"a": 4}))
+    compiled = masks._lowest_of_groups._cache_size()
+    shapes = [(7, 9), (100, 333), (3, 3, 16, 8), (1,), (9000,)]
+    for k in (0, 1):
+        tensors = {str(shape): tensor(*shape) for shape in shapes}
+        list(masks.lowest_of_each(tensors, {name: k * (t.size > 1) for name, t in tensors.items()}))
+    assert masks._lowest_of_groups._cache_size() == compiled
+
+
+def test_tensors_over_several_batches_are_all_selected(monkeypatch):
+    monkeypatch.setattr(masks, "_SMALL", 4 * 8192)
+    rng = np.random.default_rng(0)
+    shapes = [(9000, 1), (5, 5), (100, 200), (200, 300), (250, 200), (8192, 4), (60, 2)]
+    tensors = {str(s): rng.standard_normal(s).astype(np.float32) for s in shapes}
+    num_removed = {name: t.size // 2 for name, t in tensors.items()}
+    selected = dict(masks.lowest_of_each(tensors, num_removed))
+    assert selected.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(selected[name], _stable_lowest(tensor, num_removed[name]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_pruned_tensors_keep_every_other_bit_and_hold_positive_zeros(dtype):
+    tensor = _awkward_tensors(dtype)["matrix"]
+    pruned = {"a": tensor.copy()}
+    masks.prune_tensors(pruned, {"a": 1000})
+    expected = np.where(_stable_lowest(tensor, 1000), tensor, np.zeros_like(tensor))
+    assert pruned["a"].tobytes() == expected.tobytes()
+
+
+def test_pruning_what_is_pruned_already_changes_nothing():
+    tensors = {"a": _awkward_tensors(np.float32)["matrix"]}
+    masks.prune_tensors(tensors, {"a": 1500})
+    before = tensors["a"].copy()
+    for k in (1500, 700):  # a lower number revives nothing
+        masks.prune_tensors(tensors, {"a": k})
+        np.testing.assert_array_equal(tensors["a"], before)
+
+
+def test_everything_wrong_with_a_request_is_said_at_once():
+    tensors = {"a": np.ones(4, np.float32), "b": np.ones(4, np.float64), "c": np.ones(4, np.int8)}
+    with pytest.raises(ValueError, match=r"(?s)a: cannot remove 4 of 4.*b is float64.*c is int8"):
+        list(masks.lowest_of_each(tensors, {"a": 4, "b": 1, "c": 1}))
+
+
+def test_read_only_tensors_are_refused():
+    tensors = {"a": np.ones(4, np.float32), "b": np.ones(4, np.float32)}
+    tensors["b"].flags.writeable = False
+    with pytest.raises(ValueError, match="read-only, copy them first: b"):
+        masks.prune_tensors(tensors, {"a": 1, "b": 1})
+    np.testing.assert_array_equal(tensors["a"], 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_zeros_survive_a_cast_and_no_others_appear_in_the_kept(dtype):
+    kernel = jnp.asarray(W)
+    keep = masks.lowest(scores.magnitude(kernel), 12)
+    stored = masks.apply(masks.apply(kernel, keep).astype(dtype), keep)
+    assert stored.dtype == dtype
+    np.testing.assert_array_equal(stored != 0, keep)
+    assert not np.any(np.signbit(np.asarray(stored.astype(jnp.float32))[~np.asarray(keep)]))

@@ -1,0 +1,165 @@
+"""Converts Stable Diffusion 2 between diffusers, old Flax and single-file checkpoints.
+
+python tools/convert.py models/sd2-1-base sd2.safetensors --dtype float16
+python tools/convert.py v2-1_512-ema-pruned.safetensors models/sd2 --prediction-type epsilon
+python tools/convert.py old-flax-model models/sd2
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax_files
+import infer_configs
+import jax
+import jax.numpy as jnp
+import safetensors.numpy
+import single_file
+
+from sdprune_jax import checkpoint, tensors
+
+DTYPES = {"keep": None, "float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
+FORMATS = ("diffusers", "flax", "single")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    source, target = args.source, args.target
+    try:
+        kind = _format(source) if args.source_format == "auto" else args.source_format
+        if args.target_format == "auto":
+            args.target_format = "single" if target.suffix == ".safetensors" else "diffusers"
+        if target.exists() and not args.overwrite:
+            raise ValueError(f"{target} exists: choose another name, or add --overwrite")
+        if target.is_dir() and not (target / "model_index.json").is_file():
+            raise ValueError(f"{target} is not a model, so it is not overwritten")
+        with _configs(args, kind) as model:
+            params, extra = _read(args, kind, model)
+            _write(args, model, params, extra)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=pathlib.Path)
+    parser.add_argument("target", type=pathlib.Path)
+    parser.add_argument("--from", dest="source_format", choices=("auto", *FORMATS), default="auto")
+    parser.add_argument("--to", dest="target_format", choices=("auto", *FORMATS), default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the weights written")
+    parser.add_argument("--variant", help="of the weights read: fp16 for *.fp16.safetensors")
+    parser.add_argument(
+        "--config",
+        type=pathlib.Path,
+        help="diffusers directory: configs, tokenizer of a single file",
+    )
+    parser.add_argument(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction"),
+        help="of a single file without --config: epsilon at 512 pixels, v_prediction at 768",
+    )
+    parser.add_argument(
+        "--keep-extra",
+        action="store_true",
+        help=f"keep what is no parameter in {single_file.EXTRA_FILE}",
+    )
+    parser.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def _format(source: pathlib.Path) -> str:
+    if source.is_dir():
+        is_flax = any((source / name / file).exists() for name, file in flax_files.FILES.items())
+        has_safetensors = any((source / "unet").glob("*.safetensors*"))
+        return "flax" if is_flax and not has_safetensors else "diffusers"
+    if source.suffix != ".safetensors":
+        raise ValueError(f"{source} is neither a directory nor a .safetensors file")
+    return "single"
+
+
+@contextlib.contextmanager
+def _configs(args: argparse.Namespace, kind: str) -> Iterator[checkpoint.Model]:
+    if kind != "single":
+        yield checkpoint.open_model(args.source)
+    elif args.config is not None:
+        yield checkpoint.open_model(args.config)
+    elif args.prediction_type is None:
+        raise ValueError(
+            "a single file does not say what it predicts: give --prediction-type or --config"
+        )
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            stored = tensors.open_file(args.source)
+            infer_configs.write_configs(stored, args.prediction_type, pathlib.Path(folder))
+            print("no --config: copy tokenizer/ from another Stable Diffusion 2 directory")
+            yield checkpoint.open_model(folder)
+
+
+def _read(
+    args: argparse.Namespace, kind: str, model: checkpoint.Model
+) -> tuple[dict[str, Any], dict[str, tensors.StoredTensor]]:
+    if kind == "single":
+        return single_file.read(args.source, model)
+    params, extra = {}, {}
+    for component in checkpoint.COMPONENTS:
+        if kind == "flax":
+            file = args.source / component / flax_files.FILES[component]
+            shapes = checkpoint.param_shapes(model, component)
+            params[component] = flax_files.read(file, shapes, component)
+        else:
+            params[component] = checkpoint.load(model, component, variant=args.variant)
+    if (args.source / single_file.EXTRA_FILE).is_file():
+        extra = tensors.open_file(args.source / single_file.EXTRA_FILE)
+    return params, extra
+
+
+def _write(
+    args: argparse.Namespace,
+    model: checkpoint.Model,
+    params: Mapping[str, Any],
+    extra: Mapping[str, tensors.StoredTensor],
+) -> None:
+    target, dtype = args.target, DTYPES[args.dtype]
+    new = target.with_name(f"{target.name}.new")
+    if args.target_format == "single":
+        single_file.write(new, model, params, dtype, extra)
+        os.replace(new, target)
+        return
+    if args.target_format == "diffusers":
+        checkpoint.save(model, params, target, dtype=dtype, overwrite=args.overwrite)
+    else:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        flax_files.write(new, model, params, dtype)
+        if target.exists():
+            shutil.rmtree(target)
+        new.rename(target)
+    if extra and args.keep_extra:
+        kept = {name: tensor.read() for name, tensor in extra.items()}
+        safetensors.numpy.save_file(kept, target / single_file.EXTRA_FILE)
+    elif extra:
+        groups = Counter(_group(name) for name in extra)
+        print(f"{len(extra)} tensors have no place in the new form (--keep-extra keeps them):")
+        print(tensors.listing([f"{name} ({count} tensors)" for name, count in groups.items()]))
+
+
+def _group(name: str) -> str:
+    """The block that a tensor belongs to, or its own name."""
+    if name.startswith("model_ema."):
+        return "model_ema"
+    head, is_layer, rest = name.partition(".resblocks.")
+    return f"{head}{is_layer}{rest.split('.')[0]}" if is_layer else name
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed
+    main()
