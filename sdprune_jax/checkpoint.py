@@ -44,6 +44,11 @@ class Model:
     directory: pathlib.Path
 
 
+def directory_of(name: str) -> pathlib.Path:
+    """Where a model lies: a path, or `embedded` for the one in this package."""
+    return pathlib.Path(__file__).parent / "embedded" if name == "embedded" else pathlib.Path(name)
+
+
 def open_model(directory: str | os.PathLike[str]) -> Model:
     """Reads and checks every config of a diffusers directory; weights are not touched.
 
@@ -66,8 +71,10 @@ def open_model(directory: str | os.PathLike[str]) -> Model:
         try:
             values[name] = model_files.read_config(directory / name / file)
             configs[name] = from_json(values[name])
-        except (ValueError, TypeError) as error:  # TypeError: a list where a number belongs
+        except ValueError as error:
             problems.append(str(error))
+        except (TypeError, ZeroDivisionError) as error:  # a list for a number, 0 groups
+            problems.append(f"{name}/{file} has a value that cannot be: {error}")
     problems += model_files.other_models(values.get("unet", {}))
     if problems:
         raise ValueError(f"{directory} cannot be used:\n  " + "\n  ".join(problems))
@@ -203,8 +210,9 @@ def _copy_component(source: pathlib.Path, target: pathlib.Path, variant: str | N
 
 
 def _replace(directory: pathlib.Path, new: pathlib.Path) -> None:
-    for folder in (new, *(path for path in new.iterdir() if path.is_dir())):
-        descriptor = os.open(folder, os.O_RDONLY)
+    """Puts `new`, once all of it is on the disk, in the place of `directory`."""
+    for path in (new, *new.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
     old = directory.with_name(f"{directory.name}.old")

@@ -1,9 +1,9 @@
-"""The schema of a run. A stage runs if, and only if, its section is set."""
+"""The schema of a run. A stage runs if, and only if, its section is set.
+
+`checks.check` holds every field to its type and to what `_of` and `_in` say beside it.
+"""
 
 import dataclasses
-import difflib
-import types
-import typing
 from typing import Any
 
 COMPONENTS = ("text_encoder", "unet", "vae")
@@ -16,8 +16,8 @@ def _of(default: Any, *legal: Any) -> Any:
     return dataclasses.field(default=default, metadata={"legal": legal})
 
 
-def _in(default: Any, low: float, high: float) -> Any:
-    """A field with a default and a range of legal values, both ends included."""
+def _in(default: Any, low: int | float, high: int | float) -> Any:
+    """A field with a default and a range, both ends included, for it or for each of a tuple."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high})
 
 
@@ -25,7 +25,7 @@ def _in(default: Any, low: float, high: float) -> Any:
 class Mesh:
     """Devices along each axis."""
 
-    data: int = -1  # devices; -1: all that fsdp leaves
+    data: int = _in(-1, -1, 2**20)  # devices; -1: all that fsdp leaves
     fsdp: int = _in(1, 1, 2**20)  # devices
 
 
@@ -50,7 +50,7 @@ class PretrainCLIP:
 
     vocab_size: int = _in(2048, 515, 2**20)
     max_length: int = _in(24, 4, 4096)  # tokens, marks included
-    text_layers: int = _in(5, 2, 100)  # the text encoder keeps all but the last
+    text_layers: int = _in(4, 2, 100)  # the text encoder keeps all but the last
     vision_layers: int = _in(4, 1, 100)
     width: int = _in(128, 8, 8192)  # of both towers
     heads: int = _in(4, 1, 256)
@@ -62,7 +62,8 @@ class PretrainCLIP:
 class PretrainVAE:
     """A KL autoencoder with 4 latent channels."""
 
-    widths: tuple[int, ...] = (16, 32, 64)  # of each level; each but the first halves the size
+    # Of each level; each but the first halves the size.
+    widths: tuple[int, ...] = _in((16, 32, 64), 1, 8192)
     layers_per_block: int = _in(1, 1, 10)
     norm_num_groups: int = _in(8, 1, 256)
     kl_weight: float = _in(3e-4, 0.0, 1.0)  # of the mean divergence of a latent value
@@ -73,8 +74,8 @@ class PretrainVAE:
 class PretrainUNet:
     """A UNet of Stable Diffusion 2's skeleton on the other two."""
 
-    widths: tuple[int, ...] = (16, 32, 64, 64)
-    heads: tuple[int, ...] = (2, 4, 8, 8)
+    widths: tuple[int, ...] = _in((16, 32, 64, 64), 1, 8192)
+    heads: tuple[int, ...] = _in((2, 4, 8, 8), 1, 256)
     norm_num_groups: int = _in(8, 1, 256)
     captions_per_image: int = _in(4, 1, 1000)  # text states computed and cached
     caption_dropout: float = _in(0.1, 0.0, 1.0)  # for classifier-free guidance
@@ -98,7 +99,7 @@ class PruneComponent:
 
     sparsity: float = _in(0.5, 0.0, 0.999999)  # fraction of the prunable weights removed
     scope: str = _of("linear", "linear", "linear+conv")
-    threshold: str = _of("exact", "exact", "rz")  # rz: Ramesh & Zhao's rule, which overshoots on ties
+    threshold: str = _of("exact", "exact", "rz")  # rz: Ramesh & Zhao's; overshoots on ties
 
 
 @dataclasses.dataclass
@@ -122,8 +123,8 @@ class Generate:
     num_steps: int = _in(25, 1, 1000)
     guidance_scale: float = _in(7.5, 0.0, 100.0)
     negative_prompt: str = ""
-    height: int | None = None  # pixels; None: the model's own
-    width: int | None = None  # pixels
+    height: int | None = _in(None, 8, 8192)  # pixels; None: the model's own
+    width: int | None = _in(None, 8, 8192)  # pixels
 
 
 @dataclasses.dataclass
@@ -159,7 +160,9 @@ def resize(run: Run, size: str | None) -> Run:
     if size is None:
         return run
     if size != "tiny":
-        raise ValueError(f"unknown size {size!r} after the config's name; use `tiny`, or leave it out")
+        raise ValueError(
+            f"unknown size {size!r} after the config's name; use `tiny`, or leave it out"
+        )
     run.workdir += "_tiny"
     if run.pretrain:
         run.pretrain.num_images = 64
@@ -179,85 +182,3 @@ def resize(run: Run, size: str | None) -> Run:
             height=None, width=None,
         )  # fmt: skip
     return run
-
-
-def check(run: Run) -> None:
-    """Checks every field of `run` against its type and its legal values.
-
-    Raises:
-        ValueError: naming every key that is wrong, what it is, and what it may be.
-    """
-    problems = _problems(run, "config")
-    if problems:
-        raise ValueError("the config is not possible:\n  " + "\n  ".join(problems))
-
-
-def check_keys(run: Run, keys: list[str]) -> None:
-    """Checks dotted keys, as given on the command line, against the fields of `run`.
-
-    Raises:
-        ValueError: naming every unknown key, the nearest spelling and the legal names.
-    """
-    problems = []
-    for key in keys:
-        node: Any = type(run)
-        done = []
-        for part in key.split("."):
-            fields = {f.name: f for f in dataclasses.fields(node)} if node else {}
-            if part not in fields:
-                where = "config" + "".join(f".{name}" for name in done)
-                near = difflib.get_close_matches(part, fields, n=1)
-                hint = f"did you mean `{near[0]}`? " if near else ""
-                legal = ", ".join(fields) or "nothing: it is a value"
-                problems.append(f"{where} has no field `{part}`; {hint}it has {legal}")
-                break
-            node = _section(fields[part])
-            done.append(part)
-    if problems:
-        raise ValueError("unknown config keys:\n  " + "\n  ".join(problems))
-
-
-def _section(field: dataclasses.Field) -> Any:
-    """The dataclass that a field holds, or None for a plain value."""
-    options = typing.get_args(field.type) if _is_union(field.type) else (field.type,)
-    return next((t for t in options if dataclasses.is_dataclass(t)), None)
-
-
-def _is_union(annotation: Any) -> bool:
-    return isinstance(annotation, types.UnionType)
-
-
-def _problems(node: Any, path: str) -> list[str]:
-    found = []
-    for field in dataclasses.fields(node):
-        value, key = getattr(node, field.name), f"{path}.{field.name}"
-        if dataclasses.is_dataclass(value):
-            found += _problems(value, key)
-        elif not _fits(value, field.type):
-            name = getattr(field.type, "__name__", field.type)
-            found.append(f"{key} is {value!r}, expected {name}")
-        elif "legal" in field.metadata and value not in field.metadata["legal"]:
-            legal = ", ".join(map(str, field.metadata["legal"]))
-            near = difflib.get_close_matches(str(value), map(str, field.metadata["legal"]), n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
-            found.append(f"{key} is {value!r}, expected one of {legal}{hint}")
-        elif "low" in field.metadata:
-            low, high = field.metadata["low"], field.metadata["high"]
-            if not low <= value <= high:
-                hint = ""
-                if field.name == "sparsity" and 1 < value < 100:
-                    hint = f"; it is a fraction, so {value:g} % is {value / 100:g}"
-                found.append(f"{key} is {value!r}, expected {low} to {high}{hint}")
-    return found
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    if _is_union(annotation):
-        return any(_fits(value, option) for option in typing.get_args(annotation))
-    if annotation is types.NoneType or annotation is None:
-        return value is None
-    if typing.get_origin(annotation) is tuple:
-        return isinstance(value, tuple | list) and all(isinstance(v, int) for v in value)
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is annotation

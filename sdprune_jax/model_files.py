@@ -81,7 +81,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     if "auto_map" in values:
         raise ValueError(f"{path} names code of its own (auto_map), which is never run")
     for key in ("_class_name", "architectures"):  # of diffusers, of transformers
-        if key not in values:
+        if not values.get(key):
             continue
         named = [values[key]] if key == "_class_name" else values[key]
         named = [_without_flax(name) for name in named]

@@ -1,5 +1,6 @@
 """One training loop for every model: only the loss and the data differ."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -190,7 +191,9 @@ def fit(
     step_fn = make_train_step(loss_fn, optimizer, mesh, shardings, ema_decay)
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     key, name = jax.random.key(seed), directory.name
-    with ocp.CheckpointManager(directory.absolute() / "checkpoints", options=options) as manager:
+    checkpoints = directory.absolute() / "checkpoints"
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(ocp.CheckpointManager(checkpoints, options=options))
         start = manager.latest_step() or 0
         if start:
             like = jax.tree.map(
@@ -199,9 +202,11 @@ def fit(
             state = manager.restore(start, args=ocp.args.StandardRestore(like))
         else:
             state = jax.device_put(init_state(params, optimizer), shardings)
-        log = _Log(directory, start)
+        log = stack.enter_context(contextlib.closing(_Log(directory, start)))
         pending: list[Metrics] = []
-        bar = tqdm(total=num_steps, initial=start, desc=name, disable=not sys.stderr.isatty())
+        bar = stack.enter_context(
+            tqdm(total=num_steps, initial=start, desc=name, disable=not sys.stderr.isatty())
+        )
         for step in range(start, num_steps):
             state, metrics = step_fn(state, frozen, batch_at(step), key)
             pending.append(metrics)
@@ -222,8 +227,6 @@ def fit(
                 log.write(done, num_steps, evaluate(state.ema))
             if done % save_every == 0 or last:
                 manager.save(done, args=ocp.args.StandardSave(state))
-        bar.close()
-        log.close()
     return state.ema
 
 

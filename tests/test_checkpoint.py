@@ -85,6 +85,12 @@ def test_dtypes_are_converted_as_asked(tmp_path: pathlib.Path):
     np.testing.assert_array_equal(loaded, x.T.astype(jnp.bfloat16))
 
 
+def test_float64_must_fit_into_float32(tmp_path: pathlib.Path):
+    save_file({"a.0.weight": np.full((6, 4), 1e300)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"a\.0\.weight: 24 values"):
+        checkpoint.load_params(tmp_path, SHAPES)
+
+
 def test_variant_is_read_only_when_named(tmp_path: pathlib.Path):
     save_file(TENSORS, tmp_path / "model.fp16.safetensors")
     with pytest.raises(ValueError, match=r"it holds model\.fp16\.safetensors"):

@@ -13,8 +13,9 @@ import pytest
 import tiny_pipeline
 from safetensors.numpy import load_file, save_file
 
-from sdprune_jax import checkpoint
+from sdprune_jax import checkpoint, convert
 from sdprune_jax.checkpoint import COMPONENTS
+from sdprune_jax.models import clip
 
 torch = tiny_pipeline.torch
 FILES = {
@@ -176,66 +177,26 @@ def test_names_of_the_past_become_those_of_today(copied, params, tmp_path):
     tiny_pipeline.diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "new")
 
 
-@pytest.mark.parametrize(
-    ("file", "changes", "message"),
-    [
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "XLPipeline"),
-        ("model_index.json", {"unet": ["my_module", "MyUNet"]}, r"unet is \['my_module'"),
-        ("model_index.json", {"depth_estimator": ["transformers", "DPT"]}, "depth_estimator"),
-        ("unet/config.json", {"auto_map": {"AutoModel": "x.py"}}, "never run"),
-        ("unet/config.json", {"_class_name": "UNet3D"}, "UNet3D"),
-        ("text_encoder/config.json", {"architectures": ["T5Encoder"]}, "T5Encoder"),
-        ("unet/config.json", {"cross_attention_dim": 768}, "looks like Stable Diffusion 1"),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
-        ("unet/config.json", {"in_channels": 9}, "inpainting"),
-        ("unet/config.json", {"in_channels": 5}, "depth"),
-        ("unet/config.json", {"in_channels": 7}, "the upscaler"),
-        ("vae/config.json", {"norm_num_groups": 7}, "7 groups"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "x0"}, "x0"),
-    ],
-)
-def test_other_models_are_refused(copied, file, changes, message):
-    _edit(copied / file, **changes)
-    with pytest.raises(ValueError, match=message):
-        checkpoint.open_model(copied)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("", "not JSON"), ("[1]", "expected an object"), ("[" * 10**5, "not JSON")],
-)
-def test_all_damaged_configs_are_named_at_once(copied, text, message):
-    (copied / "unet/config.json").write_text(text)
-    (copied / "vae/config.json").unlink()
-    with pytest.raises(ValueError, match=message) as error:
-        checkpoint.open_model(copied)
-    assert "vae/config.json is missing" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("unet", "prediction_type", "warns"),
-    [
-        ({"sample_size": 96}, "epsilon", True),
-        ({"upcast_attention": True}, "epsilon", True),
-        ({"sample_size": 96}, "v_prediction", False),
-        ({"sample_size": 64, "block_out_channels": [320, 640, 1280, 1280]}, "v_prediction", True),
-        ({"sample_size": 64}, "v_prediction", False),
-    ],
-)
-def test_mismatched_prediction_type_warns(copied, unet, prediction_type, warns):
-    if "block_out_channels" in unet:
-        full = json.loads((copied / "unet/config.json").read_text())
-        extra = {"norm_num_groups": 32, "attention_head_dim": [5, 10, 20, 20]}
-        for key in ("down_block_types", "up_block_types"):
-            extra[key] = full[key] * 2
-        unet |= extra
-    _edit(copied / "unet/config.json", **unet)
-    _edit(copied / "scheduler/scheduler_config.json", prediction_type=prediction_type)
-    if warns:
-        with pytest.warns(UserWarning, match=f"says {prediction_type}"):
-            checkpoint.open_model(copied)
-    else:
-        checkpoint.open_model(copied)
+def test_whole_clip_is_read(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes["num_attention_heads"] = 2
+    config = tiny_pipeline.transformers.CLIPConfig(
+        text_config=sizes | {"vocab_size": 600, "bos_token_id": 0, "eos_token_id": 2},
+        vision_config=sizes | {"image_size": 16, "patch_size": 8},
+        projection_dim=16,
+    )
+    reference = tiny_pipeline.transformers.CLIPModel(config)
+    reference.save_pretrained(tmp_path)
+    config = clip.CLIPConfig.from_json(json.loads((tmp_path / "config.json").read_text()))
+    loaded = convert.flatten(checkpoint.load_params(tmp_path, clip.clip_param_shapes(config)))
+    want = reference.state_dict()
+    assert {convert.torch_key(path) for path in loaded} == want.keys() - {
+        "text_model.embeddings.position_ids",
+        "vision_model.embeddings.position_ids",
+    }
+    for path, x in loaded.items():
+        got = convert.to_torch(path, np.asarray(x))
+        np.testing.assert_array_equal(got, want[convert.torch_key(path)].numpy())
 
 
 def test_nothing_appears_before_all_is_written(model, params, tmp_path):

@@ -26,6 +26,13 @@ def fingerprint(*inputs: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def directory_state(directory: pathlib.Path) -> list[list[str | int]]:
+    """Name, size and time of every file below a directory: what has to change if it changes."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    stats = [(str(path.relative_to(directory)), path.stat()) for path in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
 def cached(directory: pathlib.Path, name: str, key: str, compute: Callable[[], Arrays]) -> Arrays:
     """The arrays `name`, read back if they were computed under the same key, else computed.
 

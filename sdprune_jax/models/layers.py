@@ -97,8 +97,8 @@ def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The exact GELU, by the error function, as PyTorch's default."""
-    return nn.gelu(x, approximate=False)
+    """The exact GELU, as PyTorch's default; by `erf`, which costs a CPU half of JAX's `erfc`."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

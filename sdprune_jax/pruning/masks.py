@@ -19,7 +19,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 _ROW = 8192  # scores a row of a batch; a tensor starts on a row
 _SMALL = 2**22  # scores in a batch; its four-byte scores stay in a CPU's last cache
@@ -51,15 +51,15 @@ def lowest(scores: Float[Array, "*shape"], k: Int[ArrayLike, ""]) -> Bool[Array,
     return _lowest(scores, jnp.int32(k), _count, lambda threshold: threshold)
 
 
-@jax.jit
-def threshold_rz(scores: Float[Array, "*shape"], k: Int[ArrayLike, ""]) -> Bool[Array, "*shape"]:
-    """Keeps the scores above the `k`-th lowest: ties with it go too, so at least `k` are dropped.
+def without_ties(
+    scores: Shaped[np.ndarray, "*shape"], keep: Bool[np.ndarray, "*shape"]
+) -> Bool[np.ndarray, "*shape"]:
+    """Drops from `keep` also what ties with the highest score that was removed.
 
-    Source: the authors' code of Ramesh and Zhao 2024 (https://arxiv.org/abs/2411.15113).
+    Source: the authors' code of Ramesh and Zhao 2024 (https://arxiv.org/abs/2411.15113), which
+        removes every weight up to the k-th magnitude.
     """
-    rank = jnp.maximum(jnp.int32(k) - 1, 0)
-    threshold = _kth(lambda: _bits(scores), rank, _count, lambda found: found)
-    return (_bits(scores) > threshold) | (k == 0)
+    return keep & (scores > scores[~keep].max(initial=-np.inf))
 
 
 def apply(kernel: Float[Array, "*shape"], keep: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -1,9 +1,11 @@
 """From kernels (and statistics of their inputs) to scores: higher means more worth keeping."""
 
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
-def magnitude(kernel: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def magnitude(
+    kernel: Float[Array | np.ndarray, "*shape"],
+) -> Float[Array | np.ndarray, "*shape"]:
     """Absolute value, in float32: half-precision kernels rank exactly as stored."""
-    return jnp.abs(kernel.astype(jnp.float32))
+    return abs(kernel.astype(np.float32))

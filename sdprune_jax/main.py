@@ -1,0 +1,92 @@
+"""Runs the stages that a config asks for, in this order.
+
+python -m sdprune_jax.main --config=configs/NAME.py[:tiny] [--config.KEY=VALUE ...] [--dry_run]
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import jax
+from absl import app
+
+from sdprune_jax import command_line, config, sharding
+
+# A stage's module is imported only when its section is set: the data and checkpoint libraries
+# behind them take seconds, and a mistake in a config should take none.
+
+
+def main(command: command_line.Command) -> None:
+    run = command.run
+    _cache_compilations()
+    if command.dry_run:
+        from sdprune_jax import plan
+
+        print(plan.card(run, jax.device_count()))
+        return
+    for path in run_stages(run):
+        print(path)  # the report is the last: the line to look at
+
+
+def run_stages(run: config.Run) -> list[pathlib.Path]:
+    """Runs, or completes, every stage whose section is set; returns what each has written.
+
+    Raises:
+        ValueError: if no section is set, or a stage cannot do what its section says.
+    """
+    if not (run.pretrain or run.prune or run.generate or run.report):
+        raise ValueError("the config sets no stage: no pretrain, prune, generate or report")
+    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp)
+    save(run)
+    paths = []
+    if run.pretrain:
+        from sdprune_jax import pretrain
+
+        paths.append(pretrain.run(run, mesh))
+    if run.prune:
+        from sdprune_jax.pruning import run as prune
+
+        paths.append(prune.run(run, mesh))
+    if run.generate:
+        from sdprune_jax import generate
+
+        paths.append(generate.run(run, mesh))
+    if run.report:
+        from sdprune_jax import report
+
+        paths.append(report.run(run))
+    return paths
+
+
+def save(run: config.Run) -> None:
+    """Writes `workdir/config.json`, whole or not at all.
+
+    Raises:
+        ValueError: if the working directory cannot be written.
+    """
+    path = pathlib.Path(run.workdir) / "config.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(
+            f"config.workdir is {run.workdir!r}, which cannot be written ({error.strerror});"
+            " choose another with --config.workdir=DIRECTORY"
+        ) from error
+
+
+def _cache_compilations() -> None:
+    """Keeps what was compiled for the next start, unless the user said where or whether."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = pathlib.Path.home() / ".cache" / "sdprune_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+if __name__ == "__main__":
+    with command_line.one_message():
+        app.run(main, flags_parser=command_line.parse)

@@ -1,0 +1,105 @@
+"""Prompt to image: encode, denoise under guidance, decode, as one jitted function."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from sdprune_jax import samplers, sharding
+from sdprune_jax.checkpoint import Model
+from sdprune_jax.models import clip, unet, vae
+
+# (params by component, prompt ids [b n], negative ids [1 n], noise [b h w c], guidance scale)
+# -> images [b height width 3], about [-1, 1]
+Sample = Callable[..., Float[Array, "b height width 3"]]
+
+
+def make_sample(
+    model: Model,
+    mesh: Mesh,
+    *,
+    sampler: str | None,
+    num_steps: int,
+    guided: bool,
+    dtype: Any = jnp.float32,
+) -> Sample:
+    """Compiles generation for one sampler.
+
+    Args:
+        model: the configs of a diffusers directory.
+        mesh: batches are split over all of its axes.
+        sampler: one of `samplers.SAMPLERS`; None for what the scheduler's class says.
+        num_steps: of the sampler.
+        guided: run the UNet on the negative prompt too; without it half the work is saved.
+        dtype: of the computation.
+
+    Returns:
+        `(params, ids, negative_ids, noise, guidance_scale) -> images`; guidance scale 1 is the
+        prompt alone. Source of guidance: Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598).
+    """
+    text_tower = clip.TextTower(model.text_encoder, dtype)
+    denoiser, autoencoder = unet.UNet(model.unet, dtype), vae.VAE(model.vae, dtype)
+    table = samplers.timetable(model.schedule, sampler, num_steps)
+    over_batch = sharding.batch_sharding(mesh)
+
+    @partial(
+        jax.jit,
+        in_shardings=(None, over_batch, None, over_batch, None),
+        out_shardings=over_batch,
+    )
+    def sample(
+        params: Mapping[str, Any],
+        ids: Int[Array, "b n"],
+        negative_ids: Int[Array, "1 n"],
+        noise: Float[Array, "b h w c"],
+        guidance_scale: Float[Array, ""],
+    ) -> Float[Array, "b height width 3"]:
+        text_params = {"params": params["text_encoder"]}
+        text = text_tower.apply(text_params, ids)
+        if guided:
+            negative = text_tower.apply(text_params, negative_ids)
+            text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
+
+        def call(state: samplers.SamplerState, row: samplers.Timetable) -> Any:
+            x = jnp.concatenate([state.x, state.x]) if guided else state.x
+            timestep = jnp.broadcast_to(row.timestep, x.shape[:1])
+            out = denoiser.apply({"params": params["unet"]}, x, timestep, text)
+            if guided:
+                negative, positive = jnp.split(out, 2)
+                out = negative + guidance_scale * (positive - negative)
+            return samplers.step(state, row, out), None
+
+        state, _ = jax.lax.scan(call, samplers.start(noise), jax.tree.map(jnp.asarray, table))
+        latents = state.x / model.vae.scaling_factor
+        return autoencoder.apply({"params": params["vae"]}, latents, method="decode")
+
+    return sample
+
+
+@partial(jax.jit, static_argnames="shape")
+def image_noise(
+    key: Key[Array, ""], index: Int[Array, " b"], shape: tuple[int, int, int]
+) -> Float[Array, "b h w c"]:
+    """Noise of each image from its own key, so that it depends on no other image of the batch."""
+    draw = lambda index: jax.random.normal(jax.random.fold_in(key, index), shape)
+    return jax.vmap(draw)(index)
+
+
+def to_bytes(images: Float[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b h w 3"]:
+    """From [-1, 1] to bytes, rounded as diffusers does.
+
+    Raises:
+        FloatingPointError: if an image is not finite; it would look black.
+    """
+    bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+    if bad.size:
+        raise FloatingPointError(
+            f"images {bad.tolist()} of the batch are not finite: compute in float32"
+            " (config.dtype), or set upcast_attention in unet/config.json"
+        )
+    return np.round(np.clip(images / 2 + 0.5, 0, 1) * 255).astype(np.uint8)

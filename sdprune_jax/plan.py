@@ -1,0 +1,241 @@
+"""What a run would cost, from its config and the shapes of its model alone (`--dry_run`)."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sdprune_jax import (
+    checkpoint,
+    config,
+    convert,
+    macs,
+    pretrain,
+    samplers,
+    sharding,
+    sites,
+    train,
+)
+from sdprune_jax.models import clip, unet, vae
+from sdprune_jax.pruning import allocate
+
+Row = Sequence[str]
+
+_IMAGE_SIZE = 64  # pixels, of the data that a model is trained on
+
+
+def card(run: config.Run, num_devices: int) -> str:
+    """Parameters, arithmetic, sparsity, memory and steps of a run, in at most 40 lines.
+
+    Args:
+        run: a config that `checks.check` accepts. Of its model the configs are read, no weights.
+        num_devices: of the machine to plan for, which need not be this one.
+
+    Raises:
+        ValueError: if the mesh does not fit the devices, or the sampler not the schedule, or the
+            model cannot be opened.
+    """
+    mesh = _mesh(run.mesh, num_devices)
+    if run.pretrain:
+        model = _to_pretrain(run.pretrain, pathlib.Path(run.workdir) / "model")
+    else:
+        model = checkpoint.open_model(checkpoint.directory_of(run.model))
+    shapes = {name: checkpoint.param_shapes(model, name) for name in checkpoint.COMPONENTS}
+    stages = [stage for stage in ("pretrain", "prune", "generate", "report") if getattr(run, stage)]
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    parts = [
+        f"{model.directory}: {model.schedule.prediction_type}, {model.schedule.class_name}\n"
+        f"{', '.join(stages)} to {run.workdir}; devices {axes}; computes in {run.dtype}",
+        _aligned(_parameters(shapes, mesh)),
+        _aligned(_arithmetic(model, run.generate or config.Generate())),
+    ]
+    if run.prune:
+        parts.append(_aligned(_zeros(shapes, run.prune)))
+    if run.pretrain:
+        parts.append(_aligned(_trainings(run.pretrain, shapes, mesh)))
+    if run.generate:
+        models = "dense and pruned" if run.prune else "dense"
+        batch, count = run.generate.batch_size, run.generate.num_prompts
+        parts.append(f"generate: {count:,} prompts, {batch} at once, {models}")
+    return "\n\n".join(parts)
+
+
+def _parameters(shapes: dict[str, Any], mesh: Mesh) -> list[Row]:
+    heads = [text for scope in sites.SCOPES for text in (scope, "share")]
+    rows: list[Row] = [("parameters", "all", *heads, "float32 file", "float16 file", "a device")]
+    for name, tree in shapes.items():
+        count = _count(tree)
+        prunable = [sum(_prunable(tree, name, scope).values()) for scope in sites.SCOPES]
+        shares = [text for n in prunable for text in (f"{n:,}", f"{n / count:.1%}")]
+        sizes = (4 * count, 2 * count, _bytes_a_device(tree, mesh))
+        rows.append((name, f"{count:,}", *shares, *map(_size, sizes)))
+    total, here = _count(shapes), _bytes_a_device(shapes, mesh)
+    sizes = map(_size, (4 * total, 2 * total, here))
+    return [*rows, ("pipeline", f"{total:,}", *[""] * len(heads), *sizes)]
+
+
+def _arithmetic(model: checkpoint.Model, section: config.Generate) -> list[Row]:
+    """Of the prompts, only the image's own is counted: the negative one is encoded once a batch."""
+    scale = model.vae.downscale  # pixels
+    height = section.height or model.unet.sample_size * scale
+    width = section.width or model.unet.sample_size * scale
+    latent = (height // scale, width // scale)
+    table = samplers.timetable(model.schedule, section.sampler, section.num_steps)
+    calls = len(table.timestep) * (2 if section.guidance_scale > 1 else 1)
+    parts = {
+        "text_encoder": (1, macs.of_text(model.text_encoder)),
+        "unet": (
+            calls,
+            macs.of_unet(model.unet, latent, model.text_encoder.max_position_embeddings),
+        ),
+        "vae decoder": (1, macs.of_decoder(model.vae, latent)),
+    }
+    heads = [kind.replace("_", "-") for kind in macs.Macs._fields]
+    title = f"GMACs, {height} x {width}, {section.num_steps} steps"
+    rows: list[Row] = [(title, *heads, "a call", "calls", "an image")]
+    for name, (count, found) in parts.items():
+        total = sum(found)
+        rows.append((name, *map(_giga, [*found, total]), f"{count}", _giga(count * total)))
+    total = sum(count * sum(found) for count, found in parts.values())
+    return [*rows, ("pipeline", *[""] * (len(heads) + 2), _giga(total))]
+
+
+def _zeros(shapes: dict[str, Any], section: config.Prune) -> list[Row]:
+    """The four sparsities that papers mix up; the first weighs components by all parameters."""
+    parts = {name: getattr(section, name, None) for name in config.COMPONENTS}
+    pipeline, sums, rows = _count(shapes), np.zeros(4), []
+    for name, part in parts.items():
+        if part is None:
+            continue
+        count, sizes = _count(shapes[name]), _prunable(shapes[name], name, part.scope)
+        is_exact = part.threshold == "exact"
+        removed = (allocate.uniform if is_exact else allocate.each_floored)(sizes, part.sparsity)
+        found = np.array([part.sparsity * count, sum(removed.values()), sum(sizes.values()), count])
+        rule = f"{len(sizes)} {part.scope} layers, {part.threshold}"
+        rows.append((name, rule, *_sparsities(found, pipeline)))
+        sums += found
+    rows.append(("together", "", *_sparsities(sums, pipeline)))
+    heads = ("requested", "zeros", "of prunable", "of component", "of pipeline")
+    return [("prune", "", *heads), *rows]
+
+
+def _sparsities(found: Any, pipeline: int) -> list[str]:
+    requested, zeros, prunable, component = found
+    shares = (zeros / prunable, zeros / component, zeros / pipeline)
+    return [f"{requested / component:.2%}", f"{int(zeros):,}", *(f"{x:.2%}" for x in shares)]
+
+
+def _trainings(section: config.Pretrain, shapes: dict[str, Any], mesh: Mesh) -> list[Row]:
+    """The state is parameters, their average, and the two moments of AdamW, in float32."""
+    trained = {
+        "clip": (section.clip.training, clip.clip_param_shapes(_clip_config(section.clip))),
+        "vae": (section.vae.training, shapes["vae"]),
+        "unet": (section.unet.training, shapes["unet"]),
+    }
+    rows: list[Row] = [("pretrain", "parameters", "steps", "batch", "state a device")]
+    for name, (training, tree) in trained.items():
+        optimizer = train.adamw(
+            training.learning_rate,
+            training.warmup_steps,
+            training.num_steps,
+            training.weight_decay,
+            training.clip_norm,
+        )
+        state = jax.eval_shape(lambda params, o=optimizer: train.init_state(params, o), tree)
+        counts = (_count(tree), training.num_steps, training.batch_size)
+        rows.append((name, *(f"{n:,}" for n in counts), _size(_bytes_a_device(state, mesh))))
+    return rows
+
+
+def _to_pretrain(section: config.Pretrain, directory: pathlib.Path) -> checkpoint.Model:
+    """The model that will be made; its vocabulary and scaling factor are only known afterwards."""
+    text = _clip_config(section.clip).text
+    autoencoder = vae.VAEConfig(
+        sample_size=_IMAGE_SIZE,
+        block_out_channels=tuple(section.vae.widths),
+        layers_per_block=section.vae.layers_per_block,
+        norm_num_groups=section.vae.norm_num_groups,
+    )
+    denoiser = unet.UNetConfig(
+        sample_size=_IMAGE_SIZE // autoencoder.downscale,
+        block_out_channels=tuple(section.unet.widths),
+        attention_head_dim=tuple(section.unet.heads),
+        cross_attention_dim=section.clip.width,
+        norm_num_groups=section.unet.norm_num_groups,
+    )
+    text = dataclasses.replace(text, num_hidden_layers=text.num_hidden_layers - 1)
+    return checkpoint.Model(text, denoiser, autoencoder, pretrain.SCHEDULE, directory)
+
+
+def _clip_config(section: config.PretrainCLIP) -> clip.CLIPConfig:
+    shared = {
+        "hidden_size": section.width,
+        "intermediate_size": 4 * section.width,
+        "num_attention_heads": section.heads,
+    }
+    text = clip.TextConfig(
+        **shared,
+        vocab_size=section.vocab_size,
+        num_hidden_layers=section.text_layers,
+        max_position_embeddings=section.max_length,
+    )
+    vision = clip.VisionConfig(
+        **shared,
+        num_hidden_layers=section.vision_layers,
+        image_size=_IMAGE_SIZE,
+        patch_size=section.patch_size,
+    )
+    return clip.CLIPConfig(text, vision, section.width)
+
+
+def _mesh(section: config.Mesh, num_devices: int) -> Mesh:
+    data = num_devices // section.fsdp
+    if data * section.fsdp != num_devices or section.data not in (-1, data):
+        raise ValueError(
+            f"config.mesh is data {section.data} x fsdp {section.fsdp}, for {num_devices} devices:"
+            " use an fsdp that divides them, and data=-1 for all that are left"
+        )
+    stand_ins = np.full((data, section.fsdp), jax.local_devices()[0])  # only the shape is read
+    return Mesh(stand_ins, ("data", "fsdp"))
+
+
+def _bytes_a_device(tree: Any, mesh: Mesh) -> int:
+    leaves = jax.tree.leaves(tree)
+    shardings = sharding.fsdp_shardings(leaves, mesh)
+    return sum(
+        math.prod(placed.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, placed in zip(leaves, shardings, strict=True)
+    )
+
+
+def _prunable(tree: Any, component: str, scope: str) -> dict[str, int]:
+    """Weights of every prunable layer."""
+    flat = convert.flatten(tree)
+    return {p: math.prod(flat[p].shape) for p in sites.prunable(tree, component, scope)}
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def _size(num_bytes: int) -> str:
+    scale, unit = (2**30, "GiB") if num_bytes >= 1000 * 2**20 else (2**20, "MiB")
+    return f"{num_bytes / scale:.3g} {unit}"
+
+
+def _giga(num: int) -> str:
+    return f"{num / 1e9:,.3f}"
+
+
+def _aligned(rows: list[Row]) -> str:
+    """Columns two spaces apart, the first one flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    )

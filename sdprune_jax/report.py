@@ -1,0 +1,139 @@
+"""Stage `report`: what was pruned, what it saves, what it does to the pictures; one HTML file.
+
+All is said from the numbers that earlier stages left in the run's directory. The page loads nothing
+and runs nothing.
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import string
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from sdprune_jax import charts, config, report_files, report_pictures, report_pruning
+from sdprune_jax.charts import text
+
+_TEMPLATE = pathlib.Path(__file__).with_name("report.html")
+
+
+def run(run: config.Run) -> pathlib.Path:
+    """Writes `report.html` into the run's directory, by the first process only, and returns it.
+
+    Reads `prune.json`, `images/generate.json` with its pictures, and `config.json`; what is not
+    there is left out.
+
+    Raises:
+        ValueError: naming all that is not as the stages before write it.
+    """
+    assert run.report is not None, "a stage without its section"
+    path = pathlib.Path(run.workdir) / "report.html"
+    if jax.process_index() > 0:
+        return path
+    files = report_files.read(path.parent, run.report.num_images)
+    prune, images = files.prune, files.images
+    sentences = report_pruning.verdict(prune) if prune else ["Nothing was pruned in this run."]
+    sentences += report_pictures.verdict(images)
+    parts = [f'<p class="verdict">{sentence}</p>' for sentence in sentences]
+    if images:
+        parts.append(report_pictures.grid(images, files.folder, run.report.num_images))
+        parts.append(report_pictures.retrieval(images))
+    if prune:
+        parts.append(report_pruning.sparsity(prune))
+        parts.append(report_pruning.layers(prune))
+        parts.append(report_pruning.weights(prune))
+    parts.append(_costs(prune, images))
+    if prune:
+        parts.append(_use(prune, images))
+    parts.append(_protocol(images, files.settings))
+    page = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=text(run.report.title), body="\n".join(parts), versions=text(_versions())
+    )
+    new = path.with_name("report.html.tmp")
+    new.write_text(page, encoding="utf-8")
+    os.replace(new, path)
+    return path
+
+
+def _costs(prune: Mapping[str, Any], images: Mapping[str, Any]) -> str:
+    tables = []
+    if prune:
+        rows = []
+        for label, end in (("As stored", ""), ("After gzip, estimated", "_gzip")):
+            dense, pruned = prune["bytes"][f"dense{end}"], prune["bytes"][f"pruned{end}"]
+            change = "none" if dense == pruned else f"{pruned / dense - 1:+.1%}"
+            rows.append([label, charts.in_bytes(dense), charts.in_bytes(pruned), change])
+        caption = f"Size of the model's files, in {prune['save_dtype']}."
+        tables.append(charts.table(caption, ["", "dense", "pruned", "change"], rows))
+        rows = [
+            [key.replace("_", " "), f"{s:.2f}\N{NO-BREAK SPACE}s"]
+            for key, s in prune["seconds"].items()
+        ]
+        tables.append(charts.table("Time to prune.", ["step", "time"], rows))
+    if images:
+        rows = [
+            [
+                name,
+                f"{model['compile_seconds']:.2f}\N{NO-BREAK SPACE}s",
+                f"{model['seconds']:.2f}\N{NO-BREAK SPACE}s",
+                f"{model['seconds'] / len(model['files']):.3f}\N{NO-BREAK SPACE}s"
+                if model["files"]
+                else "",
+            ]
+            for name, model in images["models"].items()
+        ]
+        caption = "Time to make the pictures, as measured once: no benchmark."
+        tables.append(charts.table(caption, ["model", "compiling", "making", "each"], rows))
+    if not tables:
+        return ""
+    return charts.section("Sizes and times", '<div class="tables">', *tables, "</div>")
+
+
+def _use(prune: Mapping[str, Any], images: Mapping[str, Any]) -> str:
+    prompt = next(iter(images.get("prompts", [])), "a red apple")
+    code = (
+        "from diffusers import StableDiffusionPipeline\n"
+        f"pipeline = StableDiffusionPipeline.from_pretrained({prune['directory']!r})\n"
+        f"pipeline({prompt!r}).images[0].save('picture.png')"
+    )
+    return charts.section(
+        "How to use it",
+        "<p>In the directory of this report; the zeros are ordinary values, so any loader reads"
+        " them.</p>",
+        f'<pre tabindex="0"><code>{text(code)}</code></pre>',
+    )
+
+
+def _protocol(images: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    parts = []
+    if images:
+        rows = [
+            [key.replace("_", " "), "(empty)" if value == "" else value]
+            for key, value in images["protocol"].items()
+        ]
+        parts.append(charts.table("How the pictures were made.", ["setting", "value"], rows))
+    if settings:
+        shown = text(json.dumps(settings, indent=2, ensure_ascii=False))
+        parts.append(
+            "<details><summary>The whole config of the run</summary>\n"
+            f'<pre tabindex="0"><code>{shown}</code></pre></details>'
+        )
+    return charts.section("Protocol", *parts) if parts else ""
+
+
+def _versions() -> str:
+    """The machine and the libraries that wrote the report."""
+    names = []
+    for name in ("sdprune_jax", "jax", "flax", "numpy"):
+        try:
+            names.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout
+            names.append(f"{name} (not installed)")
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return " · ".join(
+        ["Written by", *names, f"Python {platform.python_version()}", f"on {devices}"]
+    )

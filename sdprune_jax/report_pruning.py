@@ -1,0 +1,151 @@
+"""The part of a report on pruning: what was asked, where the zeros are, which weights are gone."""
+
+import bisect
+from collections.abc import Mapping
+from typing import Any
+
+from sdprune_jax import charts
+from sdprune_jax.charts import text
+
+_TAIL = 0.001  # fraction of the weights that a histogram leaves out at each end
+_WORDS = {"text_encoder": "text encoder", "unet": "UNet", "linear+conv": "linear and convolution"}
+
+
+def verdict(prune: Mapping[str, Any]) -> list[str]:
+    """What was pruned and what that saves, in two sentences of HTML."""
+    parts = []
+    for name, part in prune["components"].items():
+        removed, requested = f"{part['of_prunable']:.1%}", f"{part['requested']:.1%}"
+        asked = "as requested" if removed == requested else f"{requested} requested"
+        weights = text(f"{_word(part['scope'])} weights of the {_word(name)}")
+        parts.append(f"<b>{removed}</b> of the {weights} ({asked})")
+    size = {name: charts.in_bytes(num) for name, num in prune["bytes"].items()}
+    is_same = prune["bytes"]["dense"] == prune["bytes"]["pruned"]
+    files = (
+        f"keep their {size['pruned']}"
+        if is_same
+        else f"go from {size['dense']} to {size['pruned']}"
+    )
+    return [
+        f"Pruning set {' and '.join(parts) or 'nothing'} to zero; of all"
+        f" {_count(prune['pipeline_parameters'])} parameters of the pipeline, that is"
+        f" <b>{prune['of_pipeline']:.1%}</b>.",
+        f"The {text(prune['save_dtype'])} files {files}, and gzip brings them to about"
+        f" <b>{size['pruned_gzip']}</b> instead of {size['dense_gzip']}; dense TPU and GPU kernels"
+        " do not skip scattered zeros, so expect smaller downloads, not faster pictures.",
+    ]
+
+
+def sparsity(prune: Mapping[str, Any]) -> str:
+    parts = prune["components"]
+    total = {
+        key: sum(part[key] for part in parts.values())
+        for key in ("prunable", "parameters", "zeros", "underflow_zeros")
+    }
+    shares = lambda key, whole: [*(f"{part[key]:.2%}" for part in parts.values()), whole]
+    counts = lambda key: [*(f"{part[key]:,}" for part in parts.values()), f"{total[key]:,}"]
+    over = lambda key: f"{total['zeros'] / total[key]:.2%}" if total[key] else ""
+    words = lambda key: [*(_word(part[key]) for part in parts.values()), ""]
+    rows = [
+        ["Requested, of the weights in scope", *shares("requested", "")],
+        ["Zero, of the weights in scope", *shares("of_prunable", over("prunable"))],
+        ["Zero, of the whole component", *shares("of_component", over("parameters"))],
+        ["Zero, of the whole pipeline", *shares("of_pipeline", f"{prune['of_pipeline']:.2%}")],
+        ["Zeros", *counts("zeros")],
+        ["Weights in scope", *counts("prunable")],
+        ["Parameters", *counts("parameters")],
+        ["Scope: layers that may lose weights", *words("scope")],
+        ["Threshold rule", *words("threshold")],
+    ]
+    note = f"Zeros that {prune['save_dtype']} made, too small for it: {total['underflow_zeros']:,}."
+    return charts.section(
+        "How sparse it is",
+        charts.table(
+            "The same zeros, counted against four different wholes.",
+            ["", *map(_word, parts), "together"],
+            rows,
+        ),
+        f'<p class="note">{text(note)}</p>',
+    )
+
+
+def layers(prune: Mapping[str, Any]) -> str:
+    figures = []
+    for name, part in prune["components"].items():
+        layers = charts.in_depth_order(part["layers"])
+        if not layers:
+            continue
+        shares = [layer["zeros"] / layer["weights"] for layer in layers]
+        thresholds = [layer["threshold"] for layer in layers]
+        said = (
+            f"{len(layers)} layers, by block from input to output. Above: sparsity,"
+            f" {_range(f'{min(shares):.1%}', f'{max(shares):.1%}')}. Below: the magnitude up to which"
+            f" weights were removed, {_range(f'{min(thresholds):.2g}', f'{max(thresholds):.2g}')}."
+        )
+        rows = [
+            [
+                layer["name"],
+                " \N{MULTIPLICATION SIGN} ".join(map(str, layer["shape"])),
+                f"{layer['zeros']:,}",
+                f"{share:.2%}",
+                f"{layer['threshold']:.3g}",
+            ]
+            for layer, share in zip(layers, shares, strict=True)
+        ]
+        figures.append(
+            f"<h3>{text(_word(name))}</h3>\n<figure><figcaption>{text(said)}</figcaption>\n"
+            f"{charts.layer_bars(layers, _word(name))}</figure>\n"
+            f"<details><summary>All {len(layers)} layers in numbers</summary>\n"
+            + charts.table(
+                f"Layers of the {_word(name)}",
+                ["layer", "shape", "zeros", "sparsity", "threshold"],
+                rows,
+                "layers",
+            )
+            + "</details>"
+        )
+    return charts.section("Layer by layer", *figures) if figures else ""
+
+
+def weights(prune: Mapping[str, Any]) -> str:
+    figures = []
+    for name, part in prune["components"].items():
+        edges, dense, kept = (list(part["histogram"][key]) for key in ("edges", "dense", "pruned"))
+        zero = bisect.bisect_right(edges, 0) - 1
+        if sum(kept) > sum(dense) - part["zeros"] / 2 and 0 <= zero < len(kept):
+            kept[zero] = max(0, kept[zero] - part["zeros"])  # the zeros were counted with the rest
+        far = [
+            min(sum(dense[: i + 1]), sum(dense[i:])) < _TAIL * sum(dense) for i in range(len(dense))
+        ]
+        shown = [i for i, is_far in enumerate(far) if not is_far]
+        first, end = shown[0], shown[-1] + 1
+        beyond = 1 - sum(dense[first:end]) / max(1, sum(dense))
+        label = f"{_word(name)}: number of weights by value, before and after"
+        figures.append(
+            f"<h3>{text(_word(name))}</h3>\n<figure>"
+            + charts.histogram(edges[first : end + 1], dense[first:end], kept[first:end], label)
+            + f"<figcaption>{beyond:.2%} of the weights lie beyond.</figcaption></figure>"
+        )
+    key = "".join(
+        f'<span class="legend"><span class="key {css}"></span>{word}</span> '
+        for css, word in (("", "kept"), ("gone", "removed"))
+    )
+    return charts.section(
+        "The weights before and after",
+        '<p class="note">How many weights have which value, on a log axis. The zeros that'
+        " took the place of those removed are not drawn."
+        f" {key}</p>",
+        *figures,
+    )
+
+
+def _word(name: str) -> str:
+    return _WORDS.get(name, name)
+
+
+def _range(low: str, high: str) -> str:
+    return f"{low} in each" if low == high else f"{low} to {high}"
+
+
+def _count(num: int) -> str:
+    return f"{num / 1e9:.2f} billion" if num >= 1e9 else f"{num / 1e6:.2f} million"

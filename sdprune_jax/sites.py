@@ -1,0 +1,196 @@
+"""What can be removed from a model: the sites of a UNet, and the kernels of any component."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Bool
+
+from sdprune_jax import convert
+from sdprune_jax.models import unet
+
+# Site name -> which of its units stay. Sites left out are kept whole.
+Architecture = Mapping[str, Bool[np.ndarray, " _units"]]
+
+SCOPES = ("linear", "linear+conv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Structures under one gate, each of which can be removed alone.
+
+    Attributes:
+        name: where the gate is read: the dotted path of a module, or that and `.depth`.
+        kind: what a unit is: a head, a run of feed-forward neurons, the channels of one group of
+            a ResNet's second norm, or (depth) a whole ResNet or transformer.
+        units: how many there are.
+        unit_size: consecutive channels of one unit.
+        members: `(parameter path, axis)` of every array that is sliced. The axis holds the channels
+            of all units in order, once, or several times in a row: GEGLU's `net.0.proj` is
+            [value | gate], and each half loses the same neurons. A depth site has none: everything
+            under its block goes.
+    """
+
+    name: str
+    kind: Literal["heads", "ff", "channels", "depth"]
+    units: int
+    unit_size: int
+    members: tuple[tuple[str, int], ...]
+
+
+def table(config: unet.UNetConfig) -> tuple[Site, ...]:
+    """All sites of a UNet, in the order of APTP's architecture vector: width sites, then depth.
+
+    Blocks come down, middle, up; in each the ResNets first, then the transformers; in these attn1,
+    attn2, ff. Depth sites are the last ResNet and the last transformer of every down and up block.
+    A config that was sliced has the sites and units that are left.
+
+    Source: APTP (https://arxiv.org/abs/2406.12042) and its authors' code.
+    """
+    blocks = list(_blocks(config))
+    width = [site for path, level, _ in blocks for site in _width_sites(config, path, level)]
+    depth = [
+        Site(unet.depth_site(path), "depth", 1, config.block_out_channels[level], ())
+        for path, level, has_depth in blocks
+        if has_depth
+    ]
+    return (*width, *depth)
+
+
+def slice_params(
+    params: Mapping[str, Any], config: unet.UNetConfig, architecture: Architecture
+) -> tuple[dict[str, Any], unet.UNetConfig]:
+    """Removes the units that `architecture` marks False.
+
+    Args:
+        params: nested parameters of `unet.UNet(config)`.
+        config: dense, or sliced before.
+        architecture: False removes. Where it removes a whole block, the sites inside are ignored.
+
+    Returns:
+        Parameters and config of the smaller UNet; arrays that lose nothing are not copied.
+
+    Raises:
+        ValueError: naming every unknown site, every wrong length, and every site but those of depth
+            that would lose all of its units.
+    """
+    sites = {site.name: site for site in table(config)}
+    removed = tuple(
+        name.removesuffix("depth")
+        for name, keep in architecture.items()
+        if name.endswith(".depth") and not keep.any()
+    )
+    is_removed = lambda path: f"{path}.".startswith(removed)  # a block, or something in it
+    problems = []
+    for name, keep in architecture.items():
+        if name not in sites:
+            problems.append(f"{name} is not one of the {len(sites)} sites of `table`")
+        elif len(keep) != sites[name].units:
+            problems.append(f"{name} has {sites[name].units} units, got {len(keep)}")
+        elif not keep.any() and not is_removed(name):
+            problems.append(f"{name} would lose all of its {len(keep)} units, keep at least one")
+    if problems:
+        raise ValueError("this UNet cannot be sliced so:\n  " + "\n  ".join(problems))
+
+    flat = convert.flatten(params)
+    kept = {name: units for name, units in config.kept_units if not is_removed(name)}
+    kept |= {f"{block}depth": 0 for block in removed}
+    for name, keep in architecture.items():
+        if keep.all() or is_removed(name):
+            continue
+        kept[name] = int(keep.sum())
+        channels = np.repeat(keep, sites[name].unit_size)
+        for path, axis in sites[name].members:
+            runs = flat[path].shape[axis] // len(channels)
+            flat[path] = flat[path].take(np.flatnonzero(np.tile(channels, runs)), axis)
+    config = dataclasses.replace(config, kept_units=tuple(sorted(kept.items())))
+    like = unet.param_shapes(config)
+    sliced = convert.unflatten(flat, like)
+    assert jax.tree.all(jax.tree.map(lambda x, want: x.shape == want.shape, sliced, like))
+    return sliced, config
+
+
+def prunable(shapes: Mapping[str, Any], component: str, scope: str) -> list[str]:
+    """Paths of the kernels that post-training pruning sets zeros in.
+
+    Scope `linear` is what Ramesh and Zhao prune: every linear layer of the UNet, its time embedding
+    included, and those inside the layers of the text encoder (216 and 138 in Stable Diffusion 2).
+    `linear+conv` adds the convolutions (64 in the UNet) but for `conv_in` and `conv_out`: all that
+    enters or leaves goes through them, and they hold 4 of 100,000 weights. Biases, norms and
+    embeddings are never pruned.
+
+    Args:
+        shapes: nested parameters or `jax.ShapeDtypeStruct`s.
+        component: "text_encoder", "unet" or "vae".
+        scope: one of `SCOPES`.
+
+    Raises:
+        ValueError: if the scope is unknown.
+
+    Source: Ramesh and Zhao 2024 (https://arxiv.org/abs/2411.15113) and their code.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope is {scope!r}, expected one of {SCOPES}")
+    part = "text_model.encoder.layers." if component == "text_encoder" else ""
+    num_axes = (2,) if scope == "linear" else (2, 4)
+    return [
+        path
+        for path, leaf in convert.flatten(shapes).items()
+        if path.startswith(part)
+        and path.endswith(".kernel")
+        and len(leaf.shape) in num_axes
+        and path.split(".")[-2] not in ("conv_in", "conv_out")
+    ]
+
+
+def _blocks(config: unet.UNetConfig) -> Iterator[tuple[str, int, bool]]:
+    """Path and level of every ResNet and transformer, and whether it has a depth site."""
+    widths, count = config.block_out_channels, config.layers_per_block
+    last = len(widths) - 1
+    stages = [
+        (f"down_blocks.{i}", i, count, kind) for i, kind in enumerate(config.down_block_types)
+    ]
+    stages += [("mid_block", last, 2, "")]
+    stages += [
+        (f"up_blocks.{i}", last - i, count + 1, kind)
+        for i, kind in enumerate(config.up_block_types)
+    ]
+    for stage, level, num_resnets, kind in stages:
+        num_transformers = 1 if stage == "mid_block" else num_resnets * ("CrossAttn" in kind)
+        for name, num in (("resnets", num_resnets), ("attentions", num_transformers)):
+            for i in range(num):
+                path = f"{stage}.{name}.{i}"
+                # The only ResNet of a down block may change the width: its input cannot replace it.
+                widens = (
+                    name == "resnets" and num == 1 and widths[max(level - 1, 0)] != widths[level]
+                )
+                has_depth = stage != "mid_block" and i == num - 1 and not widens
+                if config.units(unet.depth_site(path), 1):
+                    yield path, level, has_depth
+
+
+def _width_sites(config: unet.UNetConfig, path: str, level: int) -> Iterator[Site]:
+    features, heads = config.block_out_channels[level], config.attention_head_dim[level]
+
+    def site(name: str, kind: Any, dense: int, channels: int, axes: dict[str, int]) -> Site:
+        members = tuple((f"{name}.{leaf}", axis) for leaf, axis in axes.items())
+        return Site(name, kind, config.units(name, dense), channels // dense, members)
+
+    if ".resnets." in path:
+        axes = {
+            "conv1.kernel": 3,
+            "conv1.bias": 0,
+            "time_emb_proj.kernel": 1,
+            "time_emb_proj.bias": 0,
+        }
+        axes |= {"norm2.scale": 0, "norm2.bias": 0, "conv2.kernel": 2}
+        yield site(path, "channels", config.norm_num_groups, features, axes)
+        return
+    block = f"{path}.transformer_blocks.0"
+    axes = {"to_q.kernel": 1, "to_k.kernel": 1, "to_v.kernel": 1, "to_out.0.kernel": 0}
+    for name in ("attn1", "attn2"):
+        yield site(f"{block}.{name}", "heads", heads, features, axes)
+    axes = {"net.0.proj.kernel": 1, "net.0.proj.bias": 0, "net.2.kernel": 0}
+    yield site(f"{block}.ff", "ff", unet.FF_UNITS, 4 * features, axes)

@@ -1,0 +1,61 @@
+"""Imports point one way, so the package can be read in the order of LAYERS."""
+
+import ast
+import importlib.metadata
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAYERS = (
+    "config diffusion models",
+    "checks convert samplers sharding tensors",
+    "model_files sites weights",
+    "checkpoint data macs",
+    "charts metrics pipeline report_files train",
+    "aptp pretrain pruning report_pictures",
+    "evaluate generate plan report",
+    "command_line",
+    "main",
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer.split()}
+FILES = {p: p.relative_to(ROOT / "sdprune_jax") for p in (ROOT / "sdprune_jax").rglob("*.py")}
+
+
+def _imports(path: pathlib.Path) -> set[str]:
+    """Dotted names of all that a file imports, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno} says `.`; write the whole name"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(FILES[path]))
+def test_module_imports_only_from_earlier_layers(path):
+    here = FILES[path].parts[0].removesuffix(".py")
+    if here == "__init__":
+        return
+    assert here in RANK, f"{here} has no place in LAYERS"
+    ours = {name.split(".")[1] for name in _imports(path) if name.startswith("sdprune_jax.")}
+    late = {name for name in ours - {here} if RANK[name] >= RANK[here]}
+    assert not late, f"{here} may not import {late}"
+
+
+def test_package_imports_only_what_requirements_name():
+    text = (ROOT / "requirements.txt").read_text()
+    pinned = {re.split("[=;]", line)[0].lower() for line in text.splitlines() if line[:1] != "#"}
+    sold_as = importlib.metadata.packages_distributions()
+    roots = {name.split(".")[0] for path in FILES for name in _imports(path)}
+    missing = {
+        root
+        for root in roots - set(sys.stdlib_module_names) - {"sdprune_jax"}
+        if not pinned & {name.lower() for name in sold_as.get(root, [])}
+    }
+    assert not missing, f"not in requirements.txt: {missing}"
+    assert not roots & {"torch", "tensorflow"}

@@ -1,0 +1,175 @@
+"""The command line, and the order of the stages."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+from absl import flags
+
+import sdprune_jax
+from sdprune_jax import command_line, config, main, pruning
+
+SOURCE = """
+from sdprune_jax import config
+
+
+def get_config(size: str | None = None) -> config.Run:
+    prune = config.Prune(unet=config.PruneComponent(sparsity=0.3))
+    run = config.Run(workdir={workdir!r}, prune=prune, report=config.Report())
+    return config.resize(run, size)
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(SOURCE.format(workdir=str(tmp_path / "work")))
+    return path
+
+
+def _parse(*words) -> command_line.Command:
+    return command_line.parse(["main", *map(str, words)], flags.FlagValues())
+
+
+def _refusal(*words) -> str:
+    with pytest.raises(ValueError, match=r"\w") as error:
+        _parse(*words)
+    return str(error.value)
+
+
+def _program(*words) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "sdprune_jax.main", *map(str, words)]
+    root = pathlib.Path(__file__).parents[1]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=env, check=False)
+
+
+def test_overrides_reach_the_run(file):
+    run, dry_run = _parse(
+        f"--config={file}", "--config.prune.unet.sparsity", "0.25", "--config.seed=7",
+        "--config.generate=build", "--config.generate.height=64",
+    )  # fmt: skip
+    assert (run.prune.unet.sparsity, run.seed, run.generate.height) == (0.25, 7, 64)
+    assert run.generate == config.Generate(height=64)
+    assert not dry_run
+
+
+def test_size_reaches_the_config(file):
+    run, dry_run = _parse("--config", f"{file}:tiny", "--dry_run")
+    assert run.workdir.endswith("work_tiny")
+    assert dry_run
+
+
+def test_none_leaves_out_a_section_or_a_value(file):
+    run, _ = _parse(
+        f"--config={file}", "--config.prune.unet=none", "--config.prune.text_encoder=build",
+        "--config.report=none", "--config.generate=build", "--config.generate.sampler=none",
+        "--config.generate.width=none",
+    )  # fmt: skip
+    assert run.prune == config.Prune(text_encoder=config.PruneComponent())
+    assert run.report is None
+    assert run.generate == config.Generate(sampler=None, width=None)
+
+
+def test_tuples_are_read(file):
+    words = ("--config.pretrain=build", "--config.pretrain.vae.widths=(8, 16)")
+    assert _parse(f"--config={file}", *words).run.pretrain.vae.widths == (8, 16)
+
+
+def test_wrong_values_are_told_together(file):
+    text = _refusal(f"--config={file}", "--config.prune.unet.sparsity=35", "--config.seed=x")
+    assert "config.prune.unet.sparsity is 35.0, expected float from 0.0 to 0.999999" in text
+    assert "so 35 % is 0.35" in text
+    assert "config.seed is 'x', expected int from 0" in text
+
+
+def test_unknown_words_are_refused(file):
+    assert "did you mean `seed`" in _refusal(f"--config={file}", "--config.sed=1")
+    assert "Did you mean: dry_run" in _refusal(f"--config={file}", "--dryrun")
+    assert f"`{file}` is not a flag\n  say --config=" in _refusal(file)
+    assert "no config is given\n  say --config=" in _refusal()
+    assert "Missing value" in _refusal(f"--config={file}", "--config.seed")
+
+
+def test_config_that_cannot_be_loaded_is_told_with_its_place(file):
+    assert "did you mean `" + str(file) in _refusal(f"--config={file.with_name('smal.py')}")
+    assert "unknown size 'huge'" in _refusal(f"--config={file}:huge")
+    file.write_text("def get_config():\n    return undefined\n")
+    assert f"{file}, line 2: NameError: name 'undefined'" in _refusal(f"--config={file}")
+    file.write_text("def get_config(:\n")
+    assert "SyntaxError" in _refusal(f"--config={file}")
+    file.write_text("def get_config():\n    return {}\n")
+    assert "needs a function get_config" in _refusal(f"--config={file}")
+    file.write_text("")
+    assert "needs a function get_config" in _refusal(f"--config={file}")
+
+
+def test_only_the_stages_that_are_set_run_in_order(file, monkeypatch):
+    calls = []
+
+    def stub(package, name, *arguments):
+        def stage(*given):
+            assert tuple(type(x).__name__ for x in given) == arguments
+            calls.append(name)
+            return pathlib.Path(name)
+
+        stage_module = types.SimpleNamespace(run=stage)
+        monkeypatch.setitem(sys.modules, f"{package.__name__}.{name}", stage_module)
+        monkeypatch.setattr(package, name, stage_module, raising=False)
+
+    stub(sdprune_jax, "pretrain", "Run", "Mesh")
+    stub(pruning, "run", "Run", "Mesh")
+    stub(sdprune_jax, "generate", "Run", "Mesh")
+    stub(sdprune_jax, "report", "Run")
+    run = _parse(f"--config={file}").run
+    assert main.run_stages(run) == [pathlib.Path("run"), pathlib.Path("report")]
+    everything = dataclasses.replace(run, pretrain=config.Pretrain(), generate=config.Generate())
+    calls.clear()
+    main.run_stages(everything)
+    assert calls == ["pretrain", "run", "generate", "report"]
+    assert json.loads((pathlib.Path(run.workdir) / "config.json").read_text()) == json.loads(
+        json.dumps(dataclasses.asdict(everything))
+    )
+
+
+def test_run_without_a_stage_is_refused_and_writes_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no stage"):
+        main.run_stages(config.Run(workdir=str(tmp_path / "work")))
+    assert not (tmp_path / "work").exists()
+
+
+def test_workdir_that_cannot_be_written_is_refused(file):
+    with pytest.raises(ValueError, match=re.escape("--config.workdir=DIRECTORY")):
+        main.save(config.Run(workdir=str(file / "below")))
+
+
+def test_only_a_mistake_of_the_user_ends_without_a_traceback(capsys):
+    with pytest.raises(SystemExit) as end, command_line.one_message():
+        config.resize(config.Run(), "huge")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: unknown size 'huge'")
+    with pytest.raises(ValueError, match="invalid literal"), command_line.one_message():
+        int("no advice of ours")
+
+
+def test_program_says_one_message_and_writes_nothing(file):
+    done = _program(f"--config={file}", "--config.prune.unit.sparsity=0.3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert "did you mean `unet`" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_dry_run_prints_a_card_and_writes_nothing(tmp_path):
+    words = ("--config=configs/pretrain_embedded.py:tiny", f"--config.workdir={tmp_path / 'work'}")
+    done = _program(*words, "--dry_run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "unet" in done.stdout
+    assert not any(tmp_path.iterdir())
