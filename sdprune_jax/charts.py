@@ -157,7 +157,12 @@ def _bars(heights: Sequence[float], titles: Sequence[str]) -> str:
 
 
 def _plot(
-    body: str, size: str, label: str, ticks: Mapping[float, str], words: str = "", css: str = ""
+    body: str,
+    size: str,
+    label: str,
+    ticks: Mapping[float | int, str],
+    words: str = "",
+    css: str = "",
 ) -> str:
     """Returns a drawing that fills the width, with its axes.
 

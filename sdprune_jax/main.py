@@ -41,7 +41,7 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
     save(run)
     paths = []
     if run.pretrain:
-        from sdprune_jax import pretrain
+        from sdprune_jax.pretrain import run as pretrain
 
         paths.append(pretrain.run(run, mesh))
     if run.prune:

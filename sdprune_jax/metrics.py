@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import transformers
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from sdprune_jax import checkpoint
@@ -43,7 +44,7 @@ class Scorer:
         texts: unit vectors of the captions of all concepts, by style.
     """
 
-    def __init__(self, config: clip.CLIPConfig, params: Any, words: tokenizer.Tokenizer):
+    def __init__(self, config: clip.CLIPConfig, params: Any, words: transformers.CLIPTokenizer):
         self.model, self.params, self._words = clip.CLIP(config), params, words
         self._embed_text = jax.jit(functools.partial(self.model.apply, method="embed_text"))
         self._embed_images = jax.jit(functools.partial(self.model.apply, method="embed_images"))
@@ -54,9 +55,7 @@ class Scorer:
         """Unit vectors of images in [-1, 1], of the tower's own size."""
         return self._in_batches(self._embed_images, images.astype(np.float32), batch_size)
 
-    def embed_texts(
-        self, texts: Sequence[str], batch_size: int = 512
-    ) -> Float[np.ndarray, "n d"]:
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 512) -> Float[np.ndarray, "n d"]:
         """Unit vectors of texts."""
         length = self.model.config.text.max_position_embeddings
         ids = tokenizer.encode(self._words, texts, length)
@@ -89,7 +88,7 @@ class Scorer:
         return np.concatenate(parts)[: len(rows)]
 
 
-def load_scorer(directory: pathlib.Path, words: tokenizer.Tokenizer) -> Scorer:
+def load_scorer(directory: pathlib.Path, words: transformers.CLIPTokenizer) -> Scorer:
     """The CLIP in `directory`, a transformers `CLIPModel` with a vision tower for small images."""
     config = clip.CLIPConfig.from_json(json.loads((directory / "config.json").read_text()))
     params = checkpoint.load_params(directory, clip.clip_param_shapes(config), dtype=np.float32)

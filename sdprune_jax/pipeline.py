@@ -42,8 +42,9 @@ def make_sample(
         `(params, ids, negative_ids, noise, guidance_scale) -> images`; guidance scale 1 is the
         prompt alone. Source of guidance: Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598).
     """
-    text_tower = clip.TextTower(model.text_encoder, dtype)
-    denoiser, autoencoder = unet.UNet(model.unet, dtype), vae.VAE(model.vae, dtype)
+    encode: Any = clip.TextTower(model.text_encoder, dtype).apply
+    denoise: Any = unet.UNet(model.unet, dtype).apply
+    decode: Any = partial(vae.VAE(model.vae, dtype).apply, method="decode")
     table = samplers.timetable(model.schedule, sampler, num_steps)
     over_batch = sharding.batch_sharding(mesh)
 
@@ -60,15 +61,15 @@ def make_sample(
         guidance_scale: Float[Array, ""],
     ) -> Float[Array, "b height width 3"]:
         text_params = {"params": params["text_encoder"]}
-        text = text_tower.apply(text_params, ids)
+        text = encode(text_params, ids)
         if guided:
-            negative = text_tower.apply(text_params, negative_ids)
+            negative = encode(text_params, negative_ids)
             text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
 
         def call(state: samplers.SamplerState, row: samplers.Timetable) -> Any:
             x = jnp.concatenate([state.x, state.x]) if guided else state.x
             timestep = jnp.broadcast_to(row.timestep, x.shape[:1])
-            out = denoiser.apply({"params": params["unet"]}, x, timestep, text)
+            out = denoise({"params": params["unet"]}, x, timestep, text)
             if guided:
                 negative, positive = jnp.split(out, 2)
                 out = negative + guidance_scale * (positive - negative)
@@ -76,7 +77,7 @@ def make_sample(
 
         state, _ = jax.lax.scan(call, samplers.start(noise), jax.tree.map(jnp.asarray, table))
         latents = state.x / model.vae.scaling_factor
-        return autoencoder.apply({"params": params["vae"]}, latents, method="decode")
+        return decode({"params": params["vae"]}, latents)
 
     return sample
 

@@ -63,31 +63,26 @@ def _costs(prune: Mapping[str, Any], images: Mapping[str, Any]) -> str:
     tables = []
     if prune:
         rows = []
-        for label, end in (("As stored", ""), ("After gzip, estimated", "_gzip")):
+        for label, end in (("As stored", ""), ("After gzip, about", "_gzip")):
             dense, pruned = prune["bytes"][f"dense{end}"], prune["bytes"][f"pruned{end}"]
             change = "none" if dense == pruned else f"{pruned / dense - 1:+.1%}"
             rows.append([label, charts.in_bytes(dense), charts.in_bytes(pruned), change])
-        caption = f"Size of the model's files, in {prune['save_dtype']}."
+        caption = f"Size of the pruned components, as {prune['save_dtype']}."
         tables.append(charts.table(caption, ["", "dense", "pruned", "change"], rows))
-        rows = [
-            [key.replace("_", " "), f"{s:.2f}\N{NO-BREAK SPACE}s"]
-            for key, s in prune["seconds"].items()
-        ]
+        rows = [[key.replace("_", " "), _seconds(s)] for key, s in prune["seconds"].items()]
         tables.append(charts.table("Time to prune.", ["step", "time"], rows))
     if images:
+        times = {
+            "first_batch_seconds": "first batch, compiling included",
+            "seconds_per_image": "each picture after that",
+            "seconds": "all",
+        }
         rows = [
-            [
-                name,
-                f"{model['compile_seconds']:.2f}\N{NO-BREAK SPACE}s",
-                f"{model['seconds']:.2f}\N{NO-BREAK SPACE}s",
-                f"{model['seconds'] / len(model['files']):.3f}\N{NO-BREAK SPACE}s"
-                if model["files"]
-                else "",
-            ]
+            [name, *(_seconds(model[key]) if key in model else "" for key in times)]
             for name, model in images["models"].items()
         ]
-        caption = "Time to make the pictures, as measured once: no benchmark."
-        tables.append(charts.table(caption, ["model", "compiling", "making", "each"], rows))
+        caption = "Time to make the pictures, measured once: no benchmark."
+        tables.append(charts.table(caption, ["model", *times.values()], rows))
     if not tables:
         return ""
     return charts.section("Sizes and times", '<div class="tables">', *tables, "</div>")
@@ -102,7 +97,7 @@ def _use(prune: Mapping[str, Any], images: Mapping[str, Any]) -> str:
     )
     return charts.section(
         "How to use it",
-        "<p>In the directory of this report; the zeros are ordinary values, so any loader reads"
+        "<p>In the directory of this report. The zeros are ordinary values: any loader reads"
         " them.</p>",
         f'<pre tabindex="0"><code>{text(code)}</code></pre>',
     )
@@ -137,3 +132,7 @@ def _versions() -> str:
     return " · ".join(
         ["Written by", *names, f"Python {platform.python_version()}", f"on {devices}"]
     )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.{2 if seconds >= 1 else 3}f}\N{NO-BREAK SPACE}s"

@@ -31,12 +31,13 @@ _PRUNE = {
 }
 _MODEL = {
     "files": [str],
-    **dict.fromkeys(("seconds", "compile_seconds"), _NUMBER),
+    **dict.fromkeys(("seconds", "first_batch_seconds?", "seconds_per_image?"), _NUMBER),
     "scores": {"*": _NUMBER},
     "found": [bool],
     "psnr_to_dense?": [_NUMBER],
 }
 _IMAGES = {"protocol": {}, "prompts": [str], "models": {"*": _MODEL}, "chance": {"*": _NUMBER}}
+_FORMS = {"prune.json": _PRUNE, "images/generate.json": _IMAGES, "config.json": {}}
 
 
 class Files(NamedTuple):
@@ -60,14 +61,12 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
     """
     if not workdir.is_dir():
         raise ValueError(f"{workdir} is no directory, so there is nothing to report; check workdir")
-    names = ("prune.json", "images/generate.json", "config.json")
-    prune, images, settings = (
-        tensors.read_json(workdir / name) if (workdir / name).exists() else {} for name in names
-    )
-    problems = [
-        *(_misfits(prune, _PRUNE, "prune.json") if prune else []),
-        *(_misfits(images, _IMAGES, "generate.json") if images else []),
-    ]
+    found, problems = [], []
+    for name, form in _FORMS.items():
+        path = workdir / name
+        found.append(tensors.read_json(path) if path.exists() else {})
+        problems += _misfits(found[-1], form, path.name) if path.exists() else []
+    prune, images, settings = found
     if not problems:  # contents only once the form is sound
         problems += [*_prune_problems(prune), *_images_problems(images), *_score_problems(images)]
     if not problems:

@@ -87,7 +87,9 @@ def retrieval(images: Mapping[str, Any]) -> str:
         for name, change in _changes(images).items()
     ]
     if images["protocol"].get("prompts") == "embedded:train":
-        notes.append("The prompts are captions that the embedded CLIP was trained on.")
+        notes.append(
+            "These prompts are from the training split: the embedded CLIP has learned from them."
+        )
     one = images["chance"].get(f"{_RECALL}1")
     among = f" of all {round(1 / one):,} concepts" if one else ""
     return charts.section(
@@ -157,7 +159,7 @@ def _scale(
     return 2 ** int(math.log2(255 / max(largest, 4)))
 
 
-def _share(scores: Mapping[str, float], key: str) -> str:
+def _share(scores: Mapping[str, Any], key: str) -> str:
     """A share with its 95% interval.
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference, 1927.

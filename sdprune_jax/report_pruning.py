@@ -1,14 +1,17 @@
 """The part of a report on pruning: what was asked, where the zeros are, which weights are gone."""
 
-import bisect
 from collections.abc import Mapping
 from typing import Any
 
 from sdprune_jax import charts
 from sdprune_jax.charts import text
 
-_TAIL = 0.001  # fraction of the weights that a histogram leaves out at each end
-_WORDS = {"text_encoder": "text encoder", "unet": "UNet", "linear+conv": "linear and convolution"}
+_WORDS = {
+    "text_encoder": "text encoder",
+    "unet": "UNet",
+    "vae": "VAE",
+    "linear+conv": "linear and convolution",
+}
 
 
 def verdict(prune: Mapping[str, Any]) -> list[str]:
@@ -20,23 +23,21 @@ def verdict(prune: Mapping[str, Any]) -> list[str]:
         weights = text(f"{_word(part['scope'])} weights of the {_word(name)}")
         parts.append(f"<b>{removed}</b> of the {weights} ({asked})")
     size = {name: charts.in_bytes(num) for name, num in prune["bytes"].items()}
-    is_same = prune["bytes"]["dense"] == prune["bytes"]["pruned"]
-    files = (
-        f"keep their {size['pruned']}"
-        if is_same
-        else f"go from {size['dense']} to {size['pruned']}"
-    )
+    stored = f"keep their {size['pruned']}"
+    if prune["bytes"]["dense"] != prune["bytes"]["pruned"]:
+        stored = f"go from {size['dense']} to {size['pruned']}"
     return [
         f"Pruning set {' and '.join(parts) or 'nothing'} to zero; of all"
         f" {_count(prune['pipeline_parameters'])} parameters of the pipeline, that is"
         f" <b>{prune['of_pipeline']:.1%}</b>.",
-        f"The {text(prune['save_dtype'])} files {files}, and gzip brings them to about"
-        f" <b>{size['pruned_gzip']}</b> instead of {size['dense_gzip']}; dense TPU and GPU kernels"
-        " do not skip scattered zeros, so expect smaller downloads, not faster pictures.",
+        f"Stored as {text(prune['save_dtype'])} these components {stored}; gzip brings them to"
+        f" about <b>{size['pruned_gzip']}</b>, the dense ones to {size['dense_gzip']}. Dense TPU"
+        " and GPU kernels do not skip scattered zeros: this saves compressed size, not time.",
     ]
 
 
 def sparsity(prune: Mapping[str, Any]) -> str:
+    """The same zeros against the weights in scope, the component and the pipeline."""
     parts = prune["components"]
     total = {
         key: sum(part[key] for part in parts.values())
@@ -57,11 +58,11 @@ def sparsity(prune: Mapping[str, Any]) -> str:
         ["Scope: layers that may lose weights", *words("scope")],
         ["Threshold rule", *words("threshold")],
     ]
-    note = f"Zeros that {prune['save_dtype']} made, too small for it: {total['underflow_zeros']:,}."
+    note = f"Rounding to {prune['save_dtype']} made {total['underflow_zeros']:,} zeros more."
     return charts.section(
         "How sparse it is",
         charts.table(
-            "The same zeros, counted against four different wholes.",
+            "What was requested, and the same zeros counted against three different wholes.",
             ["", *map(_word, parts), "together"],
             rows,
         ),
@@ -70,6 +71,7 @@ def sparsity(prune: Mapping[str, Any]) -> str:
 
 
 def layers(prune: Mapping[str, Any]) -> str:
+    """Sparsity and threshold of every layer, drawn and in numbers."""
     figures = []
     for name, part in prune["components"].items():
         layers = charts.in_depth_order(part["layers"])
@@ -77,10 +79,11 @@ def layers(prune: Mapping[str, Any]) -> str:
             continue
         shares = [layer["zeros"] / layer["weights"] for layer in layers]
         thresholds = [layer["threshold"] for layer in layers]
+        sparsities = _range(f"{min(shares):.1%}", f"{max(shares):.1%}")
         said = (
-            f"{len(layers)} layers, by block from input to output. Above: sparsity,"
-            f" {_range(f'{min(shares):.1%}', f'{max(shares):.1%}')}. Below: the magnitude up to which"
-            f" weights were removed, {_range(f'{min(thresholds):.2g}', f'{max(thresholds):.2g}')}."
+            f"{len(layers)} layers, by block from input to output. Above: sparsity, {sparsities}."
+            " Below: the magnitude up to which weights were removed,"
+            f" {_range(f'{min(thresholds):.2g}', f'{max(thresholds):.2g}')}."
         )
         rows = [
             [
@@ -108,33 +111,25 @@ def layers(prune: Mapping[str, Any]) -> str:
 
 
 def weights(prune: Mapping[str, Any]) -> str:
+    """The weights that stay, drawn over all that were: what shows is what was removed."""
     figures = []
     for name, part in prune["components"].items():
-        edges, dense, kept = (list(part["histogram"][key]) for key in ("edges", "dense", "pruned"))
-        zero = bisect.bisect_right(edges, 0) - 1
-        if sum(kept) > sum(dense) - part["zeros"] / 2 and 0 <= zero < len(kept):
-            kept[zero] = max(0, kept[zero] - part["zeros"])  # the zeros were counted with the rest
-        far = [
-            min(sum(dense[: i + 1]), sum(dense[i:])) < _TAIL * sum(dense) for i in range(len(dense))
-        ]
-        shown = [i for i, is_far in enumerate(far) if not is_far]
-        first, end = shown[0], shown[-1] + 1
-        beyond = 1 - sum(dense[first:end]) / max(1, sum(dense))
+        bins = part["histogram"]
         label = f"{_word(name)}: number of weights by value, before and after"
+        drawn = f"{sum(bins['dense']):,} of the {part['prunable']:,} weights in scope are drawn."
         figures.append(
             f"<h3>{text(_word(name))}</h3>\n<figure>"
-            + charts.histogram(edges[first : end + 1], dense[first:end], kept[first:end], label)
-            + f"<figcaption>{beyond:.2%} of the weights lie beyond.</figcaption></figure>"
+            + charts.histogram(bins["edges"], bins["dense"], bins["pruned"], label)
+            + f"<figcaption>{drawn}</figcaption></figure>"
         )
-    key = "".join(
-        f'<span class="legend"><span class="key {css}"></span>{word}</span> '
+    key = " ".join(
+        f'<span class="legend"><span class="key {css}"></span>{word}</span>'
         for css, word in (("", "kept"), ("gone", "removed"))
     )
     return charts.section(
         "The weights before and after",
-        '<p class="note">How many weights have which value, on a log axis. The zeros that'
-        " took the place of those removed are not drawn."
-        f" {key}</p>",
+        '<p class="note">How many weights have which value, on a log axis. The zeros that took the'
+        f" place of those removed are not drawn. {key}</p>",
         *figures,
     )
 

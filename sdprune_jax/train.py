@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
-from sdprune_jax import sharding
+from sdprune_jax import config, sharding
 
 Params = Any
 Batch = Mapping[str, Any]
@@ -86,6 +86,11 @@ def init_params(shapes: Params, seed: int, zero: Callable[[str], bool] = lambda 
     return jax.tree_util.tree_map_with_path(init, shapes)
 
 
+def ends_a_block(path: str) -> bool:
+    """Whether a kernel is the last to write into a residual stream: it starts at 0, as in DDPM."""
+    return path.endswith(("conv2.kernel", "proj_out.kernel"))
+
+
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -141,6 +146,33 @@ def rows_of_batch(num_rows: int, batch_size: int, step: int, seed: int) -> np.nd
         order = np.random.default_rng([seed, int(epoch)]).permutation(num_rows)
         rows[here] = order[positions[here] % num_rows]
     return rows
+
+
+def fit_section(
+    section: config.Training,
+    loss_fn: LossFn,
+    params: Params,
+    batch_at: Callable[[int], Batch],
+    frozen: Params,
+    evaluate: Callable[[Params], dict[str, float]],
+    seed: int,
+    mesh: Mesh,
+    directory: pathlib.Path,
+) -> Params:
+    """`fit` as a section of the config says, evaluated 8 times on the way."""
+    optimizer = adamw(
+        section.learning_rate,
+        section.warmup_steps,
+        section.num_steps,
+        section.weight_decay,
+        section.clip_norm,
+    )
+    return fit(
+        loss_fn, params, optimizer, batch_at, frozen,
+        mesh=mesh, num_steps=section.num_steps, ema_decay=section.ema_decay, seed=seed,
+        directory=directory, log_every=section.log_every, save_every=section.save_every,
+        evaluate=evaluate, eval_every=max(section.num_steps // 8, 1),
+    )  # fmt: skip
 
 
 def fit(

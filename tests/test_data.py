@@ -114,13 +114,13 @@ def test_augmented_captions_vary_but_follow_the_generator():
 
 def test_vocabulary_has_clips_layout(trained):
     directory, tok = trained
-    assert tok.vocab_size == 800
-    ids = [tok.bpe.token_to_id(token) for token in ("!", "~", "Ń", "!</w>", "Ń</w>")]
+    assert len(tok) == 800
+    ids = [tok.convert_tokens_to_ids(token) for token in ("!", "~", "Ń", "!</w>", "Ń</w>")]
     assert ids == [0, 93, 255, 256, 511]
-    assert (tok.pad_id, tok.start_id, tok.end_id) == (0, 798, 799)
+    assert (tok.pad_token_id, tok.bos_token_id, tok.eos_token_id) == (0, 798, 799)
     ranks = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
     assert len(ranks) == 1 + 800 - 512 - 2
-    assert tok.bpe.id_to_token(512) == ranks[1].replace(" ", "")
+    assert tok.convert_ids_to_tokens(512) == ranks[1].replace(" ", "")
 
 
 def test_training_is_reproducible(trained, tmp_path):
@@ -134,7 +134,7 @@ def test_encode_frames_pads_and_truncates(trained):
     _, tok = trained
     ids = tokenizer.encode(tok, ["an emoji", "", "An EMOJI of a cat " * 9], max_length=12)
     assert ids.dtype == np.int32
-    an, emoji_id = (tok.bpe.token_to_id(word + "</w>") for word in ("an", "emoji"))
+    an, emoji_id = (tok.convert_tokens_to_ids(word + "</w>") for word in ("an", "emoji"))
     assert ids[0].tolist() == [798, an, emoji_id, 799] + [0] * 8
     assert ids[1].tolist() == [798, 799] + [0] * 10
     assert ids[2, :3].tolist() == [798, an, emoji_id]
@@ -142,18 +142,16 @@ def test_encode_frames_pads_and_truncates(trained):
     assert np.count_nonzero(ids[2]) == 12
 
 
-def test_encode_equals_transformers(trained, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    directory, tok = trained
-    theirs = transformers.CLIPTokenizer.from_pretrained(directory)
-    assert theirs.model_max_length == 24
+def test_a_tokenizer_saved_by_transformers_is_read_back(trained, tmp_path):
+    _, tok = trained
+    assert tok.model_max_length == 24
     texts = [*TEXTS[::20], "Piñata, it's  «São Tomé» 2024!", "!", "", "UP! \n <|endoftext|> b"]
-    expected = theirs(texts, padding="max_length", truncation=True, return_tensors="np")
-    np.testing.assert_array_equal(tokenizer.encode(tok, texts, 24), expected["input_ids"])
-    theirs.save_pretrained(tmp_path)  # in the layout of the installed transformers
+    tok.save_pretrained(tmp_path)  # in the layout of the installed transformers
     reread = tokenizer.load(tmp_path)
-    np.testing.assert_array_equal(tokenizer.encode(reread, texts, 24), expected["input_ids"])
-    assert (reread.vocab_size, reread.pad_id) == (800, 0)
+    want = tokenizer.encode(tok, texts, 24)
+    np.testing.assert_array_equal(tokenizer.encode(reread, texts, 24), want)
+    assert want[-2].tolist() == [798, 799] + [0] * 22
+    assert len(reread) == 800
 
 
 def test_too_small_vocabulary_is_refused(tmp_path):
@@ -163,5 +161,5 @@ def test_too_small_vocabulary_is_refused(tmp_path):
 
 def test_directory_without_a_tokenizer_is_refused(trained, tmp_path):
     (tmp_path / "vocab.json").write_bytes((trained[0] / "vocab.json").read_bytes())
-    with pytest.raises(ValueError, match=r"must have vocab\.json, .*; found vocab\.json$"):
+    with pytest.raises(ValueError, match=r"must have vocab\.json .*; found vocab\.json$"):
         tokenizer.load(tmp_path)

@@ -167,9 +167,10 @@ def test_program_says_one_message_and_writes_nothing(file):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_dry_run_prints_a_card_and_writes_nothing(tmp_path):
-    words = ("--config=configs/pretrain_embedded.py:tiny", f"--config.workdir={tmp_path / 'work'}")
-    done = _program(*words, "--dry_run")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "unet" in done.stdout
-    assert not any(tmp_path.iterdir())
+def test_dry_run_prints_a_card_and_writes_nothing(file, monkeypatch, capsys):
+    card = types.SimpleNamespace(card=lambda run, num_devices: f"{run.workdir} on {num_devices}")
+    monkeypatch.setitem(sys.modules, "sdprune_jax.plan", card)
+    monkeypatch.setattr(sdprune_jax, "plan", card, raising=False)
+    main.main(_parse(f"--config={file}", "--dry_run"))
+    assert capsys.readouterr().out == f"{file.with_name('work')} on 8\n"
+    assert [path.name for path in file.parent.iterdir()] == [file.name]

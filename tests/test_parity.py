@@ -1,11 +1,15 @@
 """Every model against PyTorch: all parameters random, biases and norms too; odd sizes too."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import sys; sys.path.insert(0,"/tmp"); import convert_stub as convert
+sys.path.insert(0, "/tmp")
+import convert_stub as convert
+
 from sdprune_jax.models import clip, unet, vae
 
 torch = pytest.importorskip("torch")
@@ -40,7 +44,9 @@ def _params(module, shapes):
 
 
 def _apply(model, params, *inputs, method=None):
-    return jax.jit(model.apply, static_argnames="method")({"params": params}, *inputs, method=method)
+    return jax.jit(model.apply, static_argnames="method")(
+        {"params": params}, *inputs, method=method
+    )
 
 
 def _assert_close(got, want):
@@ -54,23 +60,24 @@ def _nchw(x):
 
 UNETS = {
     "SD2's skeleton, odd latents": (
-        dict(block_out_channels=(16, 32, 48, 48), attention_head_dim=(2, 2, 3, 4)),
+        {"block_out_channels": (16, 32, 48, 48), "attention_head_dim": (2, 2, 3, 4)},
         (2, 9, 13),
     ),
     "one layer a block, upcast": (
-        dict(
-            block_out_channels=(32, 64), attention_head_dim=(1, 4), layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), upcast_attention=True,
-        ),
+        {
+            "block_out_channels": (32, 64), "attention_head_dim": (1, 4), "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "upcast_attention": True,
+        },
         (3, 8, 6),
     ),
     "attention everywhere, sines first": (
-        dict(
-            block_out_channels=(16, 32, 32), attention_head_dim=(1, 2, 2), flip_sin_to_cos=False,
-            down_block_types=("CrossAttnDownBlock2D",) * 3, freq_shift=1, norm_num_groups=4,
-            up_block_types=("CrossAttnUpBlock2D",) * 3, norm_eps=1e-6,
-        ),
+        {
+            "block_out_channels": (16, 32, 32), "attention_head_dim": (1, 2, 2), "freq_shift": 1,
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3, "norm_num_groups": 4,
+            "flip_sin_to_cos": False,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 3, "norm_eps": 1e-6,
+        },
         (1, 5, 5),
     ),
 }  # fmt: skip
@@ -93,9 +100,9 @@ def test_unet_equals_diffusers(name):
 
 
 VAES = {
-    "three levels": (dict(block_out_channels=(16, 32, 32), layers_per_block=1), (2, 12, 20)),
-    "four levels": (dict(block_out_channels=(8, 16, 16, 24), norm_num_groups=4), (1, 24, 8)),
-    "odd images": (dict(block_out_channels=(16, 24)), (2, 9, 7)),
+    "three levels": ({"block_out_channels": (16, 32, 32), "layers_per_block": 1}, (2, 12, 20)),
+    "four levels": ({"block_out_channels": (8, 16, 16, 24), "norm_num_groups": 4}, (1, 24, 8)),
+    "odd images": ({"block_out_channels": (16, 24)}, (2, 9, 7)),
 }
 
 
@@ -119,14 +126,14 @@ def test_vae_equals_diffusers(name):
 
 
 CLIPS = {
-    "exact gelu": (dict(hidden_act="gelu", eos_token_id=59), dict(patch_size=8, image_size=32)),
+    "exact gelu": ({"hidden_act": "gelu", "eos_token_id": 59}, {"patch_size": 8, "image_size": 32}),
     "quick gelu, legacy end of text": (
-        dict(hidden_act="quick_gelu", eos_token_id=2),
-        dict(patch_size=4, image_size=20, hidden_act="quick_gelu"),
+        {"hidden_act": "quick_gelu", "eos_token_id": 2},
+        {"patch_size": 4, "image_size": 20, "hidden_act": "quick_gelu"},
     ),
     "one layer, odd image": (
-        dict(num_hidden_layers=1, num_attention_heads=1, eos_token_id=59),
-        dict(patch_size=5, image_size=23, num_hidden_layers=1),
+        {"num_hidden_layers": 1, "num_attention_heads": 1, "eos_token_id": 59},
+        {"patch_size": 5, "image_size": 23, "num_hidden_layers": 1},
     ),
 }
 

@@ -59,9 +59,7 @@ def test_an_image_does_not_depend_on_batch_order_or_devices(embedded):
     prompts = [_PROMPTS[i % 3] for i in range(16)]
     whole = _sample(embedded, sharding.make_mesh(8, 1), prompts, range(16), 4)
     order = np.random.default_rng(0).permutation(16)
-    again = _sample(
-        embedded, sharding.make_mesh(1, 8), [prompts[i] for i in order], order, 4
-    )
+    again = _sample(embedded, sharding.make_mesh(1, 8), [prompts[i] for i in order], order, 4)
     np.testing.assert_allclose(again, whole[order], atol=1e-4)
     alone = _sample(embedded, sharding.make_mesh(8, 1), prompts[8:], range(8, 16), 4)
     np.testing.assert_allclose(alone, whole[8:], atol=1e-4)

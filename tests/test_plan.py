@@ -50,8 +50,7 @@ def _tables(card):
     assert len(card.splitlines()) <= 40
     split = lambda text: [re.split(r"  +", line) for line in text.splitlines()]
     return {
-        rows[0][0]: dict((row[0], row[1:]) for row in rows)
-        for rows in map(split, card.split("\n\n"))
+        rows[0][0]: {row[0]: row[1:] for row in rows} for rows in map(split, card.split("\n\n"))
     }
 
 
@@ -66,13 +65,13 @@ def test_card_of_the_recommended_point(tmp_path):
     assert "prune, generate to runs/run; devices data 16 x fsdp 4" in card
     found = _tables(card)
     # By hand: all but 387,072 parameters of the text encoder are split in four.
-    assert found["parameters"]["text_encoder"] == [
-        "340,387,840", "289,406,976", "85.0%", "289,406,976", "85.0%", "1.27 GiB", "649 MiB", "326 MiB",
-    ]  # fmt: skip
+    text = found["parameters"]["text_encoder"]
+    assert text[:5] == ["340,387,840", "289,406,976", "85.0%", "289,406,976", "85.0%"]
+    assert text[5:] == ["1.27 GiB", "649 MiB", "326 MiB"]
     assert found["parameters"]["unet"][:3] == ["865,910,724", "301,219,840", "34.8%"]
     assert found["parameters"]["pipeline"][0] == "1,289,952,427"
     macs = found["GMACs, 512 x 512, 50 steps"]
-    assert macs["unet"][:4] == ["129.922", "209.180", "61.210", "1.816"]
+    assert macs["unet"][:4] == ["129.922", "209.180", "61.247", "1.779"]
     assert macs["unet"][4:] == ["402.129", "102", "41,017.131"]  # PNDM makes a call more
     assert macs["vae decoder"][4:] == ["1,257.259", "1", "1,257.259"]
     assert macs["pipeline"] == ["42,296.954"]
@@ -133,5 +132,5 @@ def test_impossible_meshes_and_samplers_are_refused(tiny):
             plan.card(config.Run(model=tiny, mesh=mesh), 8)
     with pytest.raises(ValueError, match="2000 steps"):
         plan.card(config.Run(model=tiny, generate=config.Generate(num_steps=2000)), 8)
-    with pytest.raises(ValueError, match="cannot be used|missing"):
+    with pytest.raises(ValueError, match="model_index"):
         plan.card(config.Run(model=f"{tiny}/none"), 8)

@@ -106,5 +106,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         batch = _batch_at(step)
         return batch | {"y": batch["y"] * np.float32("nan")} if step == 5 else batch
 
-    with pytest.raises(FloatingPointError, match="loss.* between steps 5 and 6.*of step 4"):
+    with pytest.raises(FloatingPointError, match=r"loss.* between steps 5 and 6.*of step 4"):
         _fit(tmp_path / "run", batch_at)

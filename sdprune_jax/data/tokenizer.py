@@ -8,11 +8,10 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tokenizers
+import transformers
 from jaxtyping import Int32
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
@@ -22,23 +21,12 @@ WORD_END = "</w>"
 _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
-@dataclass(frozen=True)
-class Tokenizer:
-    """A tokenizer and the ids that frame a text."""
-
-    bpe: tokenizers.Tokenizer
-    vocab_size: int
-    start_id: int
-    end_id: int
-    pad_id: int  # 0 in Stable Diffusion 2, where "!" is the padding; the end in version 1
-
-
 def train(
     texts: Iterable[str],
     directory: str | os.PathLike[str],
     vocab_size: int = 2048,
     max_length: int = 77,
-) -> Tokenizer:
+) -> transformers.CLIPTokenizer:
     """Learns merges from `texts` and writes the four files of a `tokenizer/` directory.
 
     A vocabulary is 512 single bytes (inside and at the end of a word), merges, and two marks;
@@ -93,58 +81,32 @@ def train(
     return load(folder)
 
 
-def load(directory: str | os.PathLike[str]) -> Tokenizer:
+def load(directory: str | os.PathLike[str]) -> transformers.CLIPTokenizer:
     """Reads the `tokenizer/` directory of a diffusers pipeline, as any version of it is saved.
 
     Raises:
         ValueError: if files are missing.
     """
     folder = pathlib.Path(directory)
-    merged = ("vocab.json", "merges.txt", "special_tokens_map.json")
-    packed = ("tokenizer.json", "tokenizer_config.json")  # as transformers 5 saves it
-    if _has(folder, merged):
-        vocab, special = (_read_json(folder / name) for name in merged[::2])
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
-        merges = [(left, right) for left, right in (line.split() for line in lines if line)]
-        model = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END, unk_token=END)
-        bpe = _untrained(model)
-    elif _has(folder, packed):
-        special = _read_json(folder / "tokenizer_config.json")
-        bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        bpe.no_padding()
-        bpe.no_truncation()
-    else:
+    forms = (("vocab.json", "merges.txt"), ("tokenizer.json", "tokenizer_config.json"))
+    if not any(all((folder / name).is_file() for name in form) for form in forms):
         raise ValueError(
             f"{folder} is no tokenizer/ directory of a diffusers pipeline: it must have"
-            f" {', '.join(merged)} or {', '.join(packed)};"
+            f" {' or '.join(' and '.join(form) for form in forms)};"
             f" found {', '.join(sorted(path.name for path in folder.glob('*'))) or 'nothing'}"
         )
-    pad = special["pad_token"]
-    pad = pad if isinstance(pad, str) else pad["content"]
-    # A padding of "!" swallows every "!" of a text: so does transformers' tokenizer.
-    bpe.add_special_tokens([START, END, pad])
-    ids = bpe.get_vocab()
-    return Tokenizer(bpe, len(ids), ids[START], ids[END], ids[pad])
+    return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def encode(
-    tokenizer: Tokenizer, texts: Sequence[str], max_length: int
+    tokenizer: transformers.CLIPTokenizer, texts: Sequence[str], max_length: int
 ) -> Int32[np.ndarray, "n max_length"]:
-    """Returns start, text, end and padding; a longer text loses its last words, not its end."""
-    ids = np.full((len(texts), max_length), tokenizer.pad_id, np.int32)
-    encodings = tokenizer.bpe.encode_batch(list(texts), add_special_tokens=False)
-    for row, encoding in zip(ids, encodings, strict=True):
-        framed = [tokenizer.start_id, *encoding.ids[: max_length - 2], tokenizer.end_id]
-        row[: len(framed)] = framed
-    return ids
+    """Start, text, end and padding; a longer text loses its last words, not its end.
 
-
-def _has(folder: pathlib.Path, names: Iterable[str]) -> bool:
-    return all((folder / name).is_file() for name in names)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    Stable Diffusion 2 pads with "!", and so swallows every "!" of a text.
+    """
+    ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=max_length)
+    return np.array(ids["input_ids"], np.int32)
 
 
 def _untrained(model: models.BPE) -> tokenizers.Tokenizer:

@@ -103,7 +103,8 @@ def _read(cls: Any, values: Mapping[str, Any], kind: str) -> Any:
         problems.append(f"hidden_act is {config.hidden_act!r}, expected one of {list(ACTIVATIONS)}")
     if config.hidden_size < 1 or config.hidden_size % config.num_attention_heads:
         problems.append(
-            f"hidden_size {config.hidden_size} does not divide into {config.num_attention_heads} heads"
+            f"hidden_size {config.hidden_size} does not divide into"
+            f" {config.num_attention_heads} heads"
         )
     if problems:
         raise ValueError(f"not a {kind} that can be read:\n  " + "\n  ".join(problems))

@@ -116,7 +116,9 @@ def timestep_embedding(
     half = dim // 2
     exponent = -math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
     angle = timestep.astype(jnp.float32)[:, None] * jnp.exp(exponent)[None]
-    parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+    parts = (
+        (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+    )
     return jnp.concatenate(parts, axis=-1)
 
 

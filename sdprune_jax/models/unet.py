@@ -81,7 +81,9 @@ class UNetConfig:
         problems = [
             f"{key} is {values[key]!r}, expected {want!r}"
             for key, want in _FIXED.items()
-            if key in values and values[key] != want and not (key == "act_fn" and values[key] == "swish")
+            if key in values
+            and values[key] != want
+            and not (key == "act_fn" and values[key] == "swish")
         ]
         if not values.get("use_linear_projection", False):
             problems.append("use_linear_projection is not set: this looks like Stable Diffusion 1")
@@ -93,7 +95,9 @@ class UNetConfig:
         config = cls(**found)
         problems += config.problems()
         if problems:
-            raise ValueError("unet/config.json is not a Stable Diffusion 2 UNet:\n  " + "\n  ".join(problems))
+            raise ValueError(
+                "unet/config.json is not a Stable Diffusion 2 UNet:\n  " + "\n  ".join(problems)
+            )
         return config
 
     def to_json(self) -> dict[str, Any]:
@@ -105,24 +109,33 @@ class UNetConfig:
     def problems(self) -> list[str]:
         """Why these values cannot be a UNet; empty when they can."""
         levels = len(self.block_out_channels)
-        found = []
-        for name in ("down_block_types", "up_block_types", "attention_head_dim"):
-            if len(getattr(self, name)) != levels:
-                found.append(f"{name} has {len(getattr(self, name))} entries for {levels} levels")
+        found = [
+            f"{name} has {len(getattr(self, name))} entries for {levels} levels"
+            for name in ("down_block_types", "up_block_types", "attention_head_dim")
+            if len(getattr(self, name)) != levels
+        ]
         for name, legal in (
             ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
             ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
         ):
-            found += [f"{name}: {t!r}, expected one of {legal}" for t in getattr(self, name) if t not in legal]
+            found += [
+                f"{name}: {t!r}, expected one of {legal}"
+                for t in getattr(self, name)
+                if t not in legal
+            ]
         for channels, heads in zip(self.block_out_channels, self.attention_head_dim, strict=False):
             if channels < 1 or channels % self.norm_num_groups:
-                found.append(f"{channels} channels do not divide into {self.norm_num_groups} groups")
+                found.append(
+                    f"{channels} channels do not divide into {self.norm_num_groups} groups"
+                )
             if heads < 1 or channels % heads:
                 found.append(f"{channels} channels do not divide into {heads} heads")
             if 4 * channels % FF_UNITS:
                 found.append(f"{4 * channels} neurons do not divide into {FF_UNITS} units")
         if self.in_channels != 4:
-            kind = {9: "an inpainting model", 5: "a depth model"}.get(self.in_channels, "another model")
+            kind = {9: "an inpainting model", 5: "a depth model"}.get(
+                self.in_channels, "another model"
+            )
             found.append(f"in_channels is {self.in_channels}, expected 4: this looks like {kind}")
         return found
 
@@ -175,7 +188,9 @@ class TransformerBlock(nn.Module):
             heads = self.config.units(f"{path}.{name}", self.heads)
             head_dim = self.features // self.heads
             upcast = self.config.upcast_attention
-            return Attention(self.features, heads, head_dim, upcast=upcast, dtype=self.dtype, name=name)
+            return Attention(
+                self.features, heads, head_dim, upcast=upcast, dtype=self.dtype, name=name
+            )
 
         def norm(name: str, x: Array) -> Array:
             return layer_norm(1e-5, self.dtype, name)(x)
@@ -282,7 +297,9 @@ class DownBlock(Stage):
     downsample: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, temb: Array, text: Array, gates: Gates) -> tuple[Array, list[Array]]:
+    def __call__(
+        self, x: Array, temb: Array, text: Array, gates: Gates
+    ) -> tuple[Array, list[Array]]:
         skips = []
         for index in range(self.num_resnets):
             resnet, transformer = self.layers(index, x.shape[-1])
@@ -301,6 +318,7 @@ class MidBlock(Stage):
         resnet, transformer = self.layers(0, x.shape[-1])
         last, _ = self.layers(1, x.shape[-1])
         x = resnet(x, temb, gates)
+        assert transformer is not None
         return last(transformer(x, text, gates), temb, gates)
 
 

@@ -52,7 +52,9 @@ class VAEConfig:
             if key in values and values[key] not in legal
         ]
         known = {field.name for field in dataclasses.fields(cls)}
-        found = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        found: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
+        }
         config = cls(**found)
         for key, kind in (
             ("down_block_types", "DownEncoderBlock2D"),
@@ -213,7 +215,9 @@ class VAE(nn.Module):
         x = self.decoder(self.post_quant_conv(latents.astype(self.dtype)))
         return x.astype(jnp.float32)
 
-    def __call__(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b height width 3"]:
+    def __call__(
+        self, images: Float[Array, "b height width 3"]
+    ) -> Float[Array, "b height width 3"]:
         return self.decode(self.encode(images)[0])
 
 

@@ -108,10 +108,10 @@ def _prune_component(
     exact = section.threshold == "exact"
     removed = (allocate.uniform if exact else allocate.each_floored)(sizes, section.sparsity)
     before = _sample(weights)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for path, keep in masks.lowest_of_each(weights, removed):
         w = weights[path]
-        score = scores.magnitude(w)
+        score = np.asarray(scores.magnitude(w))
         kept = keep if exact else masks.without_ties(score, keep)
         threshold = float(score[~kept].max(initial=0))
         np.copyto(w, 0, where=~kept)

@@ -1,0 +1,131 @@
+"""The CLIP of a pretrained model: both towers from nothing, on images and drawn captions."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32, Key
+
+from sdprune_jax import config, metrics, train
+from sdprune_jax.data import captions, emoji, tokenizer
+from sdprune_jax.models import clip
+
+IMAGE_SIZE = 64  # pixels
+
+
+def configure(section: config.PretrainCLIP, vocab_size: int) -> clip.CLIPConfig:
+    """Two towers of one width, with SD2's exact GELU; ids as `tokenizer.train` lays them out."""
+    shared = {
+        "hidden_size": section.width,
+        "intermediate_size": 4 * section.width,
+        "num_attention_heads": section.heads,
+        "hidden_act": "gelu",
+        "projection_dim": section.width,
+    }
+    text = clip.TextConfig(
+        **shared,
+        vocab_size=vocab_size,
+        num_hidden_layers=section.text_layers,
+        max_position_embeddings=section.max_length,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=0,
+    )
+    vision = clip.VisionConfig(
+        **shared,
+        num_hidden_layers=section.vision_layers,
+        image_size=IMAGE_SIZE,
+        patch_size=section.patch_size,
+    )
+    return clip.CLIPConfig(text, vision, section.width)
+
+
+def train_clip(
+    section: config.Training,
+    clip_config: clip.CLIPConfig,
+    words: transformers.CLIPTokenizer,
+    data: Mapping[str, emoji.Pairs],
+    seed: int,
+    mesh: Mesh,
+    directory: pathlib.Path,
+) -> train.Params:
+    """Trains both towers by the symmetric contrastive loss over the global batch.
+
+    Source: CLIP, ICML 2021, figure 3 (https://arxiv.org/abs/2103.00020).
+    """
+    apply: Any = clip.CLIP(clip_config).apply
+    pairs, val = data["train"], data["val"]
+    length = clip_config.text.max_position_embeddings
+
+    def loss_fn(params, frozen, batch, key):
+        del frozen
+        shown = varied(metrics.to_float(batch["images"]), key)
+        texts, pictures, scale = apply({"params": params}, batch["ids"], shown)
+        logits = jnp.minimum(scale, 100.0) * texts @ pictures.T
+        both = jax.nn.log_softmax(logits, 0) + jax.nn.log_softmax(logits, 1)
+        loss = -jnp.mean(jnp.diagonal(both)) / 2
+        return loss, {"loss": loss, "scale": scale}
+
+    def batch_at(step):
+        rows = train.rows_of_batch(len(pairs.images), section.batch_size, step, seed)
+        ids = draw_captions(words, pairs, rows, length, [seed, step])
+        return {"images": pairs.images[rows], "ids": ids}
+
+    def evaluate(params):
+        scorer = metrics.Scorer(clip_config, params, words)
+        pictures = np.asarray(metrics.to_float(val.images))
+        found = scorer.recall(pictures, val.concept, val.style)
+        return {f"val_{name}": float(hits.mean()) for name, hits in found.items()}
+
+    params = train.init_params(clip.clip_param_shapes(clip_config), seed)
+    params["logit_scale"] = np.float32(np.log(1 / 0.07))
+    return train.fit_section(
+        section, loss_fn, params, batch_at, {}, evaluate, seed, mesh, directory
+    )
+
+
+def draw_captions(
+    words: transformers.CLIPTokenizer,
+    pairs: emoji.Pairs,
+    rows: np.ndarray,
+    length: int,
+    seed: list[int],
+) -> Int32[np.ndarray, "n length"]:
+    """Token ids of newly drawn captions of some rows."""
+    rng = np.random.default_rng(seed)
+    concepts, styles = emoji.concepts(), emoji.styles()
+    texts = [
+        captions.augmented(rng, concepts[pairs.concept[row]], styles[pairs.style[row]].word)
+        for row in rows
+    ]
+    return tokenizer.encode(words, texts, length)
+
+
+def varied(images: Float[Array, "b h w 3"], key: Key[Array, ""]) -> Float[Array, "b h w 3"]:
+    """Images on white, each moved, resized and recoloured a little."""
+    b, h, w, _ = images.shape
+    keys = jax.random.split(key, 3)
+    scale = jax.random.uniform(keys[0], (b, 2), minval=0.8, maxval=1.15)
+    centre = jax.random.uniform(keys[1], (b, 2), minval=-5, maxval=5)  # pixels
+    offset = (1 - scale) * jnp.array([h, w], jnp.float32)[None] / 2 + centre
+    resample = lambda image, scale, offset: jax.image.scale_and_translate(
+        image, image.shape, (0, 1), scale, offset, "linear"
+    )
+    moved = 1 - jax.vmap(resample)(1 - images, scale, offset)
+    strength = jax.random.uniform(keys[2], (b, 1, 1, 3), minval=0.85, maxval=1.0)
+    return 1 - (1 - moved) * strength
+
+
+def text_encoder(
+    clip_config: clip.CLIPConfig, params: train.Params
+) -> tuple[clip.TextConfig, train.Params]:
+    """The text tower without its last layer, on which Stable Diffusion 2 conditions."""
+    last = clip_config.text.num_hidden_layers - 1
+    kept = {k: v for k, v in params["text_model"].items() if k != f"encoder.layers.{last}"}
+    return dataclasses.replace(clip_config.text, num_hidden_layers=last), {"text_model": kept}

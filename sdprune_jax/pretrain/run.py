@@ -1,0 +1,74 @@
+"""Stage `pretrain`: a model of Stable Diffusion 2's architecture, from nothing but captions.
+
+As the original was trained: a CLIP first, then an autoencoder, then the UNet on the frozen text
+tower and the autoencoder's latents.
+"""
+
+import pathlib
+
+import numpy as np
+import transformers
+from jax.sharding import Mesh
+
+from sdprune_jax import checkpoint, config, tensors
+from sdprune_jax.data import captions, emoji, tokenizer
+from sdprune_jax.pretrain import autoencoder, contrastive, denoiser
+
+_DATA = pathlib.Path.home() / ".cache" / "sdprune_jax" / "tfds"
+
+
+def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
+    """Trains what `run.pretrain` asks for, or resumes it.
+
+    Returns:
+        The diffusers directory `workdir/model`, with the whole CLIP in `workdir/model/clip`.
+    """
+    section, work = run.pretrain, pathlib.Path(run.workdir) / "pretrain"
+    assert section is not None
+    data = {split: emoji.load(split, _DATA) for split in emoji.SPLITS}
+    if section.num_images:
+        data = {
+            split: emoji.Pairs(*(x[: section.num_images] for x in pairs))
+            for split, pairs in data.items()
+        }
+    words = _tokenizer(section.clip, work / "tokenizer")
+    clip_config = contrastive.configure(section.clip, len(words))
+    clip_params = contrastive.train_clip(
+        section.clip.training, clip_config, words, data, run.seed, mesh, work / "clip"
+    )
+    vae_config = autoencoder.configure(section.vae)
+    vae_params = autoencoder.train_vae(section.vae, vae_config, data, run.seed, mesh, work / "vae")
+    vae_config, vae_params, latents = autoencoder.encode(
+        vae_config, vae_params, data, work / "cache"
+    )
+    text_config, text_params = contrastive.text_encoder(clip_config, clip_params)
+    states = denoiser.encode_captions(
+        text_config, text_params, words, data, section.unet.captions_per_image, run.seed,
+        work / "cache",
+    )  # fmt: skip
+    unet_config = denoiser.configure(section.unet, vae_config, text_config)
+    unet_params = denoiser.train_unet(
+        section.unet, unet_config, vae_config.scaling_factor, latents, states, run.seed, mesh,
+        work / "unet",
+    )  # fmt: skip
+    model = checkpoint.Model(text_config, unet_config, vae_config, denoiser.SCHEDULE, work)
+    params = {"text_encoder": text_params, "unet": unet_params, "vae": vae_params}
+    directory = pathlib.Path(run.workdir) / "model"
+    checkpoint.save(model, params, directory, dtype=np.float16, overwrite=directory.exists())
+    (directory / "clip").mkdir()
+    checkpoint.save_params(directory / "clip", clip_params, dtype=np.float16, name="model")
+    tensors.write_json(directory / "clip" / "config.json", clip_config.to_json())
+    return directory
+
+
+def _tokenizer(section: config.PretrainCLIP, directory: pathlib.Path) -> transformers.CLIPTokenizer:
+    if not (directory / "vocab.json").exists():
+        rng = np.random.default_rng(0)
+        drawn = [pair for pair, split in emoji.split_of().items() if split == "train"]
+        texts = [
+            captions.augmented(rng, emoji.concepts()[concept], emoji.styles()[style].word)
+            for concept, style in drawn
+            for _ in range(3)
+        ]
+        tokenizer.train(texts, directory, section.vocab_size, section.max_length)
+    return tokenizer.load(directory)

@@ -1,0 +1,33 @@
+"""Every config, as `:tiny`, from its file to its last output."""
+
+import pathlib
+
+import pytest
+
+from sdprune_jax import checks, command_line, main
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_runs_as_tiny(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = command_line.load(f"{path}:tiny")
+    run.workdir = str(tmp_path / "run")
+    run.mesh.data = -1
+    if run.generate:
+        run.generate.batch_size = 8  # a multiple of the devices of the tests
+    checks.check(run)
+    outputs = main.run_stages(run)
+    assert outputs
+    assert all(output.exists() for output in outputs)
+    again = main.run_stages(run)  # complete stages are reused
+    assert again == outputs
+    if run.report:
+        page = outputs[-1].read_text()
+        assert page.count("data:image/") >= 3 * run.generate.num_prompts
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_is_possible_at_full_size(path):
+    checks.check(command_line.load(str(path)))
