@@ -31,12 +31,13 @@ class Mesh:
 
 @dataclasses.dataclass
 class Training:
-    """One training: AdamW, linear warm-up, cosine decay to zero."""
+    """One training: AdamW, linear warm-up, cosine decay to zero, once or in equal cycles."""
 
     num_steps: int = _in(1000, 1, 10**9)
     batch_size: int = _in(64, 1, 2**20)  # samples over all devices
     learning_rate: float = _in(1e-3, 0.0, 1.0)  # at the end of the warm-up
-    warmup_steps: int = _in(100, 0, 10**9)
+    warmup_steps: int = _in(100, 0, 10**9)  # of every cycle
+    cycles: int = _in(1, 1, 1000)
     weight_decay: float = _in(0.01, 0.0, 10.0)
     clip_norm: float = _in(1.0, 0.0, 1e6)  # of the global gradient
     ema_decay: float = _in(0.999, 0.0, 1.0)
@@ -55,6 +56,7 @@ class PretrainCLIP:
     width: int = _in(128, 8, 8192)  # of both towers
     heads: int = _in(4, 1, 256)
     patch_size: int = _in(8, 1, 64)  # pixels
+    hard_from: int = _in(0, 0, 10**9)  # step from which batches are of a few subgroups
     training: Training = dataclasses.field(default_factory=Training)
 
 

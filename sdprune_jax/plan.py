@@ -1,6 +1,5 @@
 """What a run would cost, from its config and the shapes of its model alone (`--dry_run`)."""
 
-import dataclasses
 import math
 import pathlib
 from collections.abc import Sequence
@@ -10,23 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sdprune_jax import (
-    checkpoint,
-    config,
-    convert,
-    macs,
-    pretrain,
-    samplers,
-    sharding,
-    sites,
-    train,
-)
-from sdprune_jax.models import clip, unet, vae
+from sdprune_jax import checkpoint, config, convert, macs, samplers, sharding, sites, train
+from sdprune_jax.models import clip
 from sdprune_jax.pruning import allocate
 
 Row = Sequence[str]
-
-_IMAGE_SIZE = 64  # pixels, of the data that a model is trained on
 
 
 def card(run: config.Run, num_devices: int) -> str:
@@ -42,7 +29,7 @@ def card(run: config.Run, num_devices: int) -> str:
     """
     mesh = _mesh(run.mesh, num_devices)
     if run.pretrain:
-        model = _to_pretrain(run.pretrain, pathlib.Path(run.workdir) / "model")
+        model = _to_pretrain(run, run.pretrain)
     else:
         model = checkpoint.open_model(checkpoint.directory_of(run.model))
     shapes = {name: checkpoint.param_shapes(model, name) for name in checkpoint.COMPONENTS}
@@ -132,13 +119,13 @@ def _sparsities(found: Any, pipeline: int) -> list[str]:
 
 def _trainings(section: config.Pretrain, shapes: dict[str, Any], mesh: Mesh) -> list[Row]:
     """The state is parameters, their average, and the two moments of AdamW, in float32."""
-    trained = {
-        "clip": (section.clip.training, clip.clip_param_shapes(_clip_config(section.clip))),
-        "vae": (section.vae.training, shapes["vae"]),
-        "unet": (section.unet.training, shapes["unet"]),
-    }
+    from sdprune_jax.pretrain import contrastive
+
+    clip_config = contrastive.configure(section.clip, section.clip.vocab_size)
+    shapes = shapes | {"clip": clip.clip_param_shapes(clip_config)}  # text encoder and more
     rows: list[Row] = [("pretrain", "parameters", "steps", "batch", "state a device")]
-    for name, (training, tree) in trained.items():
+    for name in ("clip", "vae", "unet"):
+        training, tree = getattr(section, name).training, shapes[name]
         optimizer = train.adamw(
             training.learning_rate,
             training.warmup_steps,
@@ -152,45 +139,16 @@ def _trainings(section: config.Pretrain, shapes: dict[str, Any], mesh: Mesh) -> 
     return rows
 
 
-def _to_pretrain(section: config.Pretrain, directory: pathlib.Path) -> checkpoint.Model:
-    """The model that will be made; its vocabulary and scaling factor are only known afterwards."""
-    text = _clip_config(section.clip).text
-    autoencoder = vae.VAEConfig(
-        sample_size=_IMAGE_SIZE,
-        block_out_channels=tuple(section.vae.widths),
-        layers_per_block=section.vae.layers_per_block,
-        norm_num_groups=section.vae.norm_num_groups,
-    )
-    denoiser = unet.UNetConfig(
-        sample_size=_IMAGE_SIZE // autoencoder.downscale,
-        block_out_channels=tuple(section.unet.widths),
-        attention_head_dim=tuple(section.unet.heads),
-        cross_attention_dim=section.clip.width,
-        norm_num_groups=section.unet.norm_num_groups,
-    )
-    text = dataclasses.replace(text, num_hidden_layers=text.num_hidden_layers - 1)
-    return checkpoint.Model(text, denoiser, autoencoder, pretrain.SCHEDULE, directory)
+def _to_pretrain(run: config.Run, section: config.Pretrain) -> checkpoint.Model:
+    """The model that will be made; its vocabulary is taken to come out at its largest."""
+    from sdprune_jax.pretrain import autoencoder, contrastive, denoiser  # seconds: data libraries
 
-
-def _clip_config(section: config.PretrainCLIP) -> clip.CLIPConfig:
-    shared = {
-        "hidden_size": section.width,
-        "intermediate_size": 4 * section.width,
-        "num_attention_heads": section.heads,
-    }
-    text = clip.TextConfig(
-        **shared,
-        vocab_size=section.vocab_size,
-        num_hidden_layers=section.text_layers,
-        max_position_embeddings=section.max_length,
-    )
-    vision = clip.VisionConfig(
-        **shared,
-        num_hidden_layers=section.vision_layers,
-        image_size=_IMAGE_SIZE,
-        patch_size=section.patch_size,
-    )
-    return clip.CLIPConfig(text, vision, section.width)
+    clip_config = contrastive.configure(section.clip, section.clip.vocab_size)
+    text_config, _ = contrastive.text_encoder(clip_config, {"text_model": {}})
+    vae_config = autoencoder.configure(section.vae)
+    unet_config = denoiser.configure(section.unet, vae_config, text_config)
+    directory = pathlib.Path(run.workdir) / "model"
+    return checkpoint.Model(text_config, unet_config, vae_config, denoiser.SCHEDULE, directory)
 
 
 def _mesh(section: config.Mesh, num_devices: int) -> Mesh:

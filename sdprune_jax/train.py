@@ -25,6 +25,8 @@ from sdprune_jax import config, sharding
 Params = Any
 Batch = Mapping[str, Any]
 Metrics = dict[str, Float[Array, ""]]
+_RUN = 24  # rows of one group that follow each other
+
 # (trainable, frozen, batch, key) -> (loss, metrics)
 LossFn = Callable[[Params, Params, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
 
@@ -51,10 +53,22 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 
 def adamw(
-    learning_rate: float, warmup_steps: int, num_steps: int, weight_decay: float, clip_norm: float
+    learning_rate: float,
+    warmup_steps: int,
+    num_steps: int,
+    weight_decay: float,
+    clip_norm: float,
+    cycles: int = 1,
 ) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, cosine decay to zero, and gradients clipped by global norm."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, num_steps)
+    """AdamW with linear warm-up, cosine decay to zero, and gradients clipped by global norm.
+
+    Source of cycles: SGDR, ICLR 2017 (https://arxiv.org/abs/1608.03983).
+    """
+    length = num_steps // cycles
+    schedule = optax.join_schedules(
+        [optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, length)] * cycles,
+        [length * i for i in range(1, cycles)],
+    )
     decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
@@ -134,16 +148,34 @@ def make_train_step(
     return train_step
 
 
-def rows_of_batch(num_rows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+def rows_of_batch(
+    num_rows: int,
+    batch_size: int,
+    step: int,
+    seed: int,
+    groups: Int[np.ndarray, " rows"] | None = None,
+) -> Int[np.ndarray, " batch"]:
     """The rows of batch `step`: every row once an epoch, reshuffled each epoch.
 
     A function of the step alone, so that a resumed run sees what an uninterrupted one sees.
+
+    Args:
+        num_rows: of the data.
+        batch_size: rows.
+        step: from 0.
+        seed: of the order.
+        groups: of each row; rows of one group then come in runs of 24.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     rows = np.empty(batch_size, np.int64)
     for epoch in np.unique(positions // num_rows):
         here = positions // num_rows == epoch
-        order = np.random.default_rng([seed, int(epoch)]).permutation(num_rows)
+        rng = np.random.default_rng([seed, int(epoch)])
+        order = rng.permutation(num_rows)
+        if groups is not None:
+            order = order[np.argsort(groups[order], kind="stable")]
+            runs = np.array_split(order, -(-num_rows // _RUN))
+            order = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
         rows[here] = order[positions[here] % num_rows]
     return rows
 
@@ -166,6 +198,7 @@ def fit_section(
         section.num_steps,
         section.weight_decay,
         section.clip_norm,
+        section.cycles,
     )
     return fit(
         loss_fn, params, optimizer, batch_at, frozen,

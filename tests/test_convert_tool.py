@@ -176,6 +176,7 @@ def test_flax_names_are_those_of_the_old_library(source, tmp_path):
     ("shape", "dtype", "message"),
     [
         ((-1, 2), b"float32", "shape"),
+        ((-1, -4), b"float32", r"an array of shape \[-1, -4\] with 16 bytes"),
         ((2**40, 2**40), b"float32", "shape"),
         ((2, 3), b"float32", "shape"),
         ((2, 2), b"object", "dtype"),

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 import sdprune_jax
-from sdprune_jax import command_line, config, main, pruning
+from sdprune_jax import command_line, config, main, pretrain, pruning
 
 SOURCE = """
 from sdprune_jax import config
@@ -116,23 +116,24 @@ def test_only_the_stages_that_are_set_run_in_order(file, monkeypatch):
     def stub(package, name, *arguments):
         def stage(*given):
             assert tuple(type(x).__name__ for x in given) == arguments
-            calls.append(name)
-            return pathlib.Path(name)
+            calls.append(whole)
+            return pathlib.Path(whole)
 
+        whole = f"{package.__name__}.{name}".removeprefix("sdprune_jax.")
         stage_module = types.SimpleNamespace(run=stage)
-        monkeypatch.setitem(sys.modules, f"{package.__name__}.{name}", stage_module)
+        monkeypatch.setitem(sys.modules, f"sdprune_jax.{whole}", stage_module)
         monkeypatch.setattr(package, name, stage_module, raising=False)
 
-    stub(sdprune_jax, "pretrain", "Run", "Mesh")
+    stub(pretrain, "run", "Run", "Mesh")
     stub(pruning, "run", "Run", "Mesh")
     stub(sdprune_jax, "generate", "Run", "Mesh")
     stub(sdprune_jax, "report", "Run")
     run = _parse(f"--config={file}").run
-    assert main.run_stages(run) == [pathlib.Path("run"), pathlib.Path("report")]
+    assert main.run_stages(run) == [pathlib.Path("pruning.run"), pathlib.Path("report")]
     everything = dataclasses.replace(run, pretrain=config.Pretrain(), generate=config.Generate())
     calls.clear()
     main.run_stages(everything)
-    assert calls == ["pretrain", "run", "generate", "report"]
+    assert calls == ["pretrain.run", "pruning.run", "generate", "report"]
     assert json.loads((pathlib.Path(run.workdir) / "config.json").read_text()) == json.loads(
         json.dumps(dataclasses.asdict(everything))
     )

@@ -153,11 +153,20 @@ def test_soft_depth_gates_blend(params):
     inputs = [np.repeat(x[:1], batch, axis=0) for x in _inputs(2)]
     outputs = jax.jit(run)({"params": params}, *inputs, gates)[1]["intermediates"]
     outputs = convert.flatten(outputs)
+    before = {  # what stands in for a removed block; never the skip connection
+        "down_blocks.0.attentions.0.depth": "down_blocks.0.resnets.0",
+        "up_blocks.0.resnets.1.depth": "up_blocks.0.resnets.0",
+        "up_blocks.1.resnets.1.depth": "up_blocks.1.attentions.0",
+        "up_blocks.1.attentions.1.depth": "up_blocks.1.resnets.1",
+    }
+    assert before.keys() <= set(names)
     for i, name in enumerate(names):
         (out,) = outputs[name.replace(".depth", ".__call__")]
         removed, blend, kept = out[3 * i : 3 * i + 3]
         np.testing.assert_allclose(blend, 0.7 * removed + 0.3 * kept, rtol=0, atol=2e-6)
         assert np.abs(removed - kept).max() > 0.1
+        if name in before:
+            np.testing.assert_array_equal(removed, outputs[f"{before[name]}.__call__"][0][3 * i])
 
 
 def test_slicing_twice_equals_slicing_once(params):

@@ -47,7 +47,7 @@ def configure(section: config.PretrainCLIP, vocab_size: int) -> clip.CLIPConfig:
 
 
 def train_clip(
-    section: config.Training,
+    section: config.PretrainCLIP,
     clip_config: clip.CLIPConfig,
     words: transformers.CLIPTokenizer,
     data: Mapping[str, emoji.Pairs],
@@ -57,25 +57,35 @@ def train_clip(
 ) -> train.Params:
     """Trains both towers by the symmetric contrastive loss over the global batch.
 
+    From step `hard_from` on, a batch is of a few subgroups of concepts, which are harder to tell
+    apart than random ones.
+
     Source: CLIP, ICML 2021, figure 3 (https://arxiv.org/abs/2103.00020).
     """
     apply: Any = clip.CLIP(clip_config).apply
     pairs, val = data["train"], data["val"]
-    length = clip_config.text.max_position_embeddings
+    length, training = clip_config.text.max_position_embeddings, section.training
+    names = [concept.subgroup for concept in emoji.concepts()]
+    subgroup = np.unique(names, return_inverse=True)[1][pairs.concept]
 
     def loss_fn(params, frozen, batch, key):
         del frozen
         shown = varied(metrics.to_float(batch["images"]), key)
         texts, pictures, scale = apply({"params": params}, batch["ids"], shown)
         logits = jnp.minimum(scale, 100.0) * texts @ pictures.T
+        same = batch["concept"][:, None] == batch["concept"][None]  # in another style: no negative
+        logits = jnp.where(same & ~jnp.eye(len(same), dtype=bool), -jnp.inf, logits)
         both = jax.nn.log_softmax(logits, 0) + jax.nn.log_softmax(logits, 1)
         loss = -jnp.mean(jnp.diagonal(both)) / 2
         return loss, {"loss": loss, "scale": scale}
 
     def batch_at(step):
-        rows = train.rows_of_batch(len(pairs.images), section.batch_size, step, seed)
+        is_hard = step >= section.hard_from
+        groups = subgroup if is_hard else None
+        rows = train.rows_of_batch(len(subgroup), training.batch_size, step, seed, groups)
         ids = draw_captions(words, pairs, rows, length, [seed, step])
-        return {"images": pairs.images[rows], "ids": ids}
+        concept = pairs.concept[rows] if is_hard else np.arange(len(rows), dtype=np.int32)
+        return {"images": pairs.images[rows], "ids": ids, "concept": concept}
 
     def evaluate(params):
         scorer = metrics.Scorer(clip_config, params, words)
@@ -86,7 +96,7 @@ def train_clip(
     params = train.init_params(clip.clip_param_shapes(clip_config), seed)
     params["logit_scale"] = np.float32(np.log(1 / 0.07))
     return train.fit_section(
-        section, loss_fn, params, batch_at, {}, evaluate, seed, mesh, directory
+        training, loss_fn, params, batch_at, {}, evaluate, seed, mesh, directory
     )
 
 

@@ -34,7 +34,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     words = _tokenizer(section.clip, work / "tokenizer")
     clip_config = contrastive.configure(section.clip, len(words))
     clip_params = contrastive.train_clip(
-        section.clip.training, clip_config, words, data, run.seed, mesh, work / "clip"
+        section.clip, clip_config, words, data, run.seed, mesh, work / "clip"
     )
     vae_config = autoencoder.configure(section.vae)
     vae_params = autoencoder.train_vae(section.vae, vae_config, data, run.seed, mesh, work / "vae")
