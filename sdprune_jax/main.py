@@ -53,7 +53,7 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
 
         paths.append(generate.run(run, mesh))
     if run.report:
-        from sdprune_jax import report
+        from sdprune_jax.report import run as report
 
         paths.append(report.run(run))
     return paths

@@ -10,7 +10,8 @@ import re
 import numpy as np
 from PIL import Image
 
-from sdprune_jax import config, report
+from sdprune_jax import config
+from sdprune_jax.report import run as report
 
 _VOID = {"img", "meta", "rect", "path", "line"}  # elements that nothing is inside of
 

@@ -3,7 +3,7 @@ import re
 import numpy as np
 from report_page import Page, decode
 
-from sdprune_jax import charts
+from sdprune_jax.report import charts
 
 
 def test_only_large_pictures_shrink():

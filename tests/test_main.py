@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 import sdprune_jax
-from sdprune_jax import command_line, config, main, pretrain, pruning
+from sdprune_jax import command_line, config, main, pretrain, pruning, report
 
 SOURCE = """
 from sdprune_jax import config
@@ -127,13 +127,13 @@ def test_only_the_stages_that_are_set_run_in_order(file, monkeypatch):
     stub(pretrain, "run", "Run", "Mesh")
     stub(pruning, "run", "Run", "Mesh")
     stub(sdprune_jax, "generate", "Run", "Mesh")
-    stub(sdprune_jax, "report", "Run")
+    stub(report, "run", "Run")
     run = _parse(f"--config={file}").run
-    assert main.run_stages(run) == [pathlib.Path("pruning.run"), pathlib.Path("report")]
+    assert main.run_stages(run) == [pathlib.Path("pruning.run"), pathlib.Path("report.run")]
     everything = dataclasses.replace(run, pretrain=config.Pretrain(), generate=config.Generate())
     calls.clear()
     main.run_stages(everything)
-    assert calls == ["pretrain.run", "pruning.run", "generate", "report"]
+    assert calls == ["pretrain.run", "pruning.run", "generate", "report.run"]
     assert json.loads((pathlib.Path(run.workdir) / "config.json").read_text()) == json.loads(
         json.dumps(dataclasses.asdict(everything))
     )

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 from report_page import decode, images_json, prune_json, read, write
 
-from sdprune_jax import report, report_files, report_pictures
+from sdprune_jax.report import files, pictures
+from sdprune_jax.report import run as report
 
 
 def test_page_says_the_numbers_of_the_files(tmp_path):
@@ -203,10 +204,10 @@ def test_pictures_that_cannot_be_shown_are_named(tmp_path):
 
 def test_a_run_without_directory_or_with_broken_json_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no directory"):
-        report_files.read(tmp_path / "nowhere", 1)
+        files.read(tmp_path / "nowhere", 1)
     (tmp_path / "prune.json").write_text('{"model": ')
     with pytest.raises(ValueError, match=r"prune\.json is not JSON"):
-        report_files.read(tmp_path, 1)
+        files.read(tmp_path, 1)
 
 
 def test_uncertainty_is_that_of_the_textbook():
@@ -215,10 +216,10 @@ def test_uncertainty_is_that_of_the_textbook():
     for name, values in found.items():
         images["models"][name]["found"] = values
     # 6 lost, 1 gained: 2 * (1 + 7) / 2**7 = 0.125
-    [change] = report_pictures._changes(images).values()
+    [change] = pictures._changes(images).values()
     assert change == (6, 1, 0.125)
     images["models"]["dense"]["scores"] = {"clip_embedded_r_at_10": 0.8, "num": 10}
-    table = report_pictures.retrieval(images).replace("\N{NO-BREAK SPACE}", " ")
+    table = pictures.retrieval(images).replace("\N{NO-BREAK SPACE}", " ")
     assert "80.0% (49% to 94%)" in table  # Wilson's interval for 8 of 10
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sdprune_jax import charts
-from sdprune_jax.charts import text
+from sdprune_jax.report import charts
+from sdprune_jax.report.charts import text
 
 _WORDS = {
     "text_encoder": "text encoder",

@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 
-from sdprune_jax import charts, config, report_files, report_pictures, report_pruning
-from sdprune_jax.charts import text
+from sdprune_jax import config
+from sdprune_jax.report import charts, pictures, pruning
+from sdprune_jax.report import files as inputs
+from sdprune_jax.report.charts import text
 
-_TEMPLATE = pathlib.Path(__file__).with_name("report.html")
+_TEMPLATE = pathlib.Path(__file__).with_name("page.html")
 
 
 def run(run: config.Run) -> pathlib.Path:
@@ -34,18 +36,18 @@ def run(run: config.Run) -> pathlib.Path:
     path = pathlib.Path(run.workdir) / "report.html"
     if jax.process_index() > 0:
         return path
-    files = report_files.read(path.parent, run.report.num_images)
+    files = inputs.read(path.parent, run.report.num_images)
     prune, images = files.prune, files.images
-    sentences = report_pruning.verdict(prune) if prune else ["Nothing was pruned in this run."]
-    sentences += report_pictures.verdict(images)
+    sentences = pruning.verdict(prune) if prune else ["Nothing was pruned in this run."]
+    sentences += pictures.verdict(images)
     parts = [f'<p class="verdict">{sentence}</p>' for sentence in sentences]
     if images:
-        parts.append(report_pictures.grid(images, files.folder, run.report.num_images))
-        parts.append(report_pictures.retrieval(images))
+        parts.append(pictures.grid(images, files.folder, run.report.num_images))
+        parts.append(pictures.retrieval(images))
     if prune:
-        parts.append(report_pruning.sparsity(prune))
-        parts.append(report_pruning.layers(prune))
-        parts.append(report_pruning.weights(prune))
+        parts.append(pruning.sparsity(prune))
+        parts.append(pruning.layers(prune))
+        parts.append(pruning.weights(prune))
     parts.append(_costs(prune, images))
     if prune:
         parts.append(_use(prune, images))

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from sdprune_jax import charts, report_files
-from sdprune_jax.charts import text
+from sdprune_jax.report import charts, files
+from sdprune_jax.report.charts import text
 
 _RECALL = "clip_embedded_r_at_"  # of `scores` and `chance` in generate.json
 _CLIPPED = 0.01  # fraction of the differences that may be too large for the scale
@@ -112,7 +112,7 @@ def _cells(
     """The cells of prompt `i`."""
     prompt = images["prompts"][i]
     for name, model in images["models"].items():
-        pixels = report_files.picture(folder / model["files"][i])
+        pixels = files.picture(folder / model["files"][i])
         words = []
         for found in model["found"][i : i + 1]:
             mark = ("found", "✓ found") if found else ("lost", "✗ not found")
@@ -141,7 +141,7 @@ def _difference(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Absolute difference to the picture of dense."""
     one, two = (
-        report_files.picture(folder / images["models"][model]["files"][i]).astype(np.int16)
+        files.picture(folder / images["models"][model]["files"][i]).astype(np.int16)
         for model in ("dense", name)
     )
     return np.abs(one - two).astype(np.uint8)
