@@ -77,7 +77,7 @@ class PretrainUNet:
     """A UNet of Stable Diffusion 2's skeleton on the other two."""
 
     widths: tuple[int, ...] = _in((16, 32, 64, 64), 1, 8192)
-    heads: tuple[int, ...] = _in((2, 4, 8, 8), 1, 256)
+    heads: tuple[int, ...] = _in((1, 2, 4, 4), 1, 256)
     norm_num_groups: int = _in(8, 1, 256)
     captions_per_image: int = _in(4, 1, 1000)  # text states computed and cached
     caption_dropout: float = _in(0.1, 0.0, 1.0)  # for classifier-free guidance

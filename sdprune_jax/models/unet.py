@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Int
 from sdprune_jax.models.layers import (
     Attention,
     Gates,
+    GroupNorm,
     ResnetBlock,
     conv,
     depth_gated,
     gated,
     gelu,
-    group_norm,
     layer_norm,
     site_name,
     timestep_embedding,
@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         site = depth_site(site_name(self))
         if self.config.units(site, 1) == 0:
             return x
-        h = group_norm(self.config.norm_num_groups, 1e-6, self.dtype, "norm")(x)
+        h = GroupNorm(self.config.norm_num_groups, 1e-6, self.dtype, name="norm")(x)
         h = h.reshape(x.shape[0], -1, self.features)
         h = nn.Dense(self.features, dtype=self.dtype, name="proj_in")(h)
         block = TransformerBlock(
@@ -400,7 +400,9 @@ class UNet(nn.Module):
                 self.remat, upsample=i < levels - 1, name=f"up_blocks.{i}",
             )  # fmt: skip
             x = block(x, skips, temb, text, gates)
-        x = nn.silu(group_norm(config.norm_num_groups, config.norm_eps, dtype, "conv_norm_out")(x))
+        x = nn.silu(
+            GroupNorm(config.norm_num_groups, config.norm_eps, dtype, name="conv_norm_out")(x)
+        )
         x = conv(config.out_channels, 3, dtype=dtype, name="conv_out")(x)
         return x.astype(jnp.float32)
 

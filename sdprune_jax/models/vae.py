@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sdprune_jax.models.layers import Attention, ResnetBlock, conv, group_norm, upsample
+from sdprune_jax.models.layers import Attention, GroupNorm, ResnetBlock, conv, upsample
 
 _EPSILON = 1e-6  # of every norm; diffusers fixes it
 
@@ -115,7 +115,7 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         channels = x.shape[-1]
-        h = group_norm(self.config.norm_num_groups, _EPSILON, self.dtype, "group_norm")(x)
+        h = GroupNorm(self.config.norm_num_groups, _EPSILON, self.dtype, name="group_norm")(x)
         attention = Attention(channels, 1, channels, qkv_bias=True, dtype=self.dtype)
         nn.share_scope(self, attention)  # diffusers keeps the norm among the projections
         return attention(h.reshape(x.shape[0], -1, channels)).reshape(x.shape)
@@ -164,7 +164,7 @@ class Encoder(nn.Module):
             last = i == len(widths) - 1
             x = EncoderBlock(config, channels, not last, dtype, name=f"down_blocks.{i}")(x)
         x = MidBlock(config, dtype, name="mid_block")(x)
-        x = nn.silu(group_norm(config.norm_num_groups, _EPSILON, dtype, "conv_norm_out")(x))
+        x = nn.silu(GroupNorm(config.norm_num_groups, _EPSILON, dtype, name="conv_norm_out")(x))
         return conv(2 * config.latent_channels, 3, dtype=dtype, name="conv_out")(x)
 
 
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         for i, channels in enumerate(widths):
             last = i == len(widths) - 1
             x = DecoderBlock(config, channels, not last, dtype, name=f"up_blocks.{i}")(x)
-        x = nn.silu(group_norm(config.norm_num_groups, _EPSILON, dtype, "conv_norm_out")(x))
+        x = nn.silu(GroupNorm(config.norm_num_groups, _EPSILON, dtype, name="conv_norm_out")(x))
         return conv(config.out_channels, 3, dtype=dtype, name="conv_out")(x)
 
 

@@ -121,8 +121,8 @@ def varied(images: Float[Array, "b h w 3"], key: Key[Array, ""]) -> Float[Array,
     """Images on white, each moved, resized and recoloured a little."""
     b, h, w, _ = images.shape
     keys = jax.random.split(key, 3)
-    scale = jax.random.uniform(keys[0], (b, 2), minval=0.8, maxval=1.15)
-    centre = jax.random.uniform(keys[1], (b, 2), minval=-5, maxval=5)  # pixels
+    scale = jax.random.uniform(keys[0], (b, 2), minval=0.92, maxval=1.06)
+    centre = jax.random.uniform(keys[1], (b, 2), minval=-2, maxval=2)  # pixels
     offset = (1 - scale) * jnp.array([h, w], jnp.float32)[None] / 2 + centre
     resample = lambda image, scale, offset: jax.image.scale_and_translate(
         image, image.shape, (0, 1), scale, offset, "linear"
