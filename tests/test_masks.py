@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sdprune_jax.pruning import masks, scores
+from sdprune_jax.pruning import allocate, masks, scores
 
 W = np.array(
     [
@@ -101,15 +101,17 @@ def test_sparsity_that_looks_like_a_percentage_gets_a_hint():
 
 
 def test_sd21_layers_lose_the_published_number_of_weights():
-    zeros = {
-        (component, sparsity): sum(
-            count * masks.num_removed(size, sparsity)
+    zeros, floored = {}, {}
+    for component, sparsity in [("unet", 0.35), ("text_encoder", 0.475)]:
+        sizes = {
+            f"{size}.{i}": size
             for size, count in LINEAR_SIZES[component].items()
-        )
-        for component, sparsity in [("unet", 0.35), ("text_encoder", 0.475)]
-    }
-    # The floor of each layer: 73 fewer than the floor of the whole text encoder, 137,468,313.
-    assert zeros == {("unet", 0.35): 105_426_944, ("text_encoder", 0.475): 137_468_240}
+            for i in range(count)
+        }
+        zeros[component] = sum(allocate.uniform(sizes, sparsity).values())
+        floored[component] = sum(allocate.each_floored(sizes, sparsity).values())
+    assert zeros == {"unet": 105_426_944, "text_encoder": 137_468_313}
+    assert floored == {"unet": 105_426_944, "text_encoder": 137_468_240}  # 73 roundings
     total = 340_387_840 + 865_910_724  # parameters of the text encoder and the UNet
     nominal = (0.475 * 340_387_840 + 0.35 * 865_910_724) / total
     np.testing.assert_allclose(nominal, 0.38527193, atol=5e-9)

@@ -1,6 +1,6 @@
 """Times layer-wise magnitude pruning of SD2.1's 354 linear layers against torch.sort.
 
-    python tools/bench/select.py [--quick]
+    python tools/bench/selection.py [--quick]
 
 Weights are random. Both sides choose and zero the same fraction of every layer in its own memory.
 Other jobs slow both sides, so quote the ratio. `--quick` takes an eighth of the layers.
@@ -16,14 +16,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# In place of this folder: there, this file would pass for the standard module `select`.
-sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import numpy as np
 
-from sdprune_jax.pruning import masks
+from sdprune_jax.pruning import allocate, masks
 
 TORCH_SECONDS = 180  # at most; what is left is scaled by its number of weights
 SPARSITY = {"unet": 0.35, "text_encoder": 0.475}  # Ramesh and Zhao 2024
@@ -97,8 +95,10 @@ def _layers(stride: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     }
     weights = {name: np.empty(shapes[name], np.float32) for name in list(shapes)[::stride]}
     _draw(weights)
-    sparsity = {name: SPARSITY[name.split(".")[0]] for name in weights}
-    num_removed = {name: masks.num_removed(w.size, sparsity[name]) for name, w in weights.items()}
+    num_removed = {}
+    for component, sparsity in SPARSITY.items():
+        sizes = {name: w.size for name, w in weights.items() if name.startswith(component)}
+        num_removed |= allocate.uniform(sizes, sparsity)
     return weights, num_removed
 
 
