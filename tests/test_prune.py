@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, config, convert, sites
+from sdprune_jax import checkpoint, config, convert, sharding, sites
 from sdprune_jax.pruning import allocate, run
 
+_MESH = sharding.make_mesh()
 UNIFORM = {"text_encoder": 0.475, "unet": 0.35}
 
 
@@ -30,7 +31,7 @@ def _prune(workdir, **changes):
         for name, sparsity in UNIFORM.items()
     }
     section = config.Prune(**sections, save_dtype="float16")
-    return run.run(config.Run(workdir=str(workdir), prune=section), None)
+    return run.run(config.Run(workdir=str(workdir), prune=section), _MESH)
 
 
 def test_the_pruned_directory_holds_exactly_the_zeros_that_are_reported(workdir):
@@ -93,4 +94,4 @@ def test_diffusers_loads_the_pruned_directory_with_its_zeros(workdir):
 
 def test_a_component_too_many_is_named():
     with pytest.raises(ValueError, match="no component"):
-        run.run(config.Run(prune=config.Prune()), None)
+        run.run(config.Run(prune=config.Prune()), _MESH)
