@@ -59,7 +59,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             )  # fmt: skip
         variant = run.variant if name == "dense" else ""
         images[name], seconds = _generate(
-            model, samples[architecture], prompts, section, run.seed, (height, width), variant
+            model, samples[architecture], prompts, section, run.seed, (height, width), mesh, variant
         )
         (partial / name).mkdir(parents=True)
         files = [f"{name}/{i:04d}.png" for i in range(len(prompts))]
@@ -145,13 +145,11 @@ def _generate(
     section: config.Generate,
     seed: int,
     size: tuple[int, int],
+    mesh: Mesh,
     variant: str,
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Images as bytes, and the seconds of the first batch (compilation included) and the rest."""
-    params = {
-        name: checkpoint.load(model, name, dtype=np.float32, variant=variant or None)
-        for name in config.COMPONENTS
-    }
+    params = pipeline.load(model, mesh, variant or None)
     words = tokenizer.load(model.directory / "tokenizer")
     length = model.text_encoder.max_position_embeddings
     ids = tokenizer.encode(words, prompts, length)

@@ -10,13 +10,24 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from sdprune_jax import samplers, sharding
+from sdprune_jax import checkpoint, samplers, sharding
 from sdprune_jax.checkpoint import Model
 from sdprune_jax.models import clip, unet, vae
 
 # (params by component, prompt ids [b n], negative ids [1 n], noise [b h w c], guidance scale)
 # -> images [b height width 3], about [-1, 1]
 Sample = Callable[..., Float[Array, "b height width 3"]]
+
+
+def load(model: Model, mesh: Mesh, variant: str | None = None) -> dict[str, Any]:
+    """Parameters of all components in float32, the large ones split over the mesh."""
+    return {
+        name: checkpoint.load(
+            model, name, dtype=np.float32, variant=variant,
+            sharding=sharding.fsdp_shardings(checkpoint.param_shapes(model, name), mesh),
+        )
+        for name in checkpoint.COMPONENTS
+    }  # fmt: skip
 
 
 def make_sample(

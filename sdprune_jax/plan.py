@@ -24,8 +24,8 @@ def card(run: config.Run, num_devices: int) -> str:
         num_devices: of the machine to plan for, which need not be this one.
 
     Raises:
-        ValueError: if the mesh does not fit the devices, or the sampler not the schedule, or the
-            model cannot be opened.
+        ValueError: if the mesh does not fit the devices, or the sampler not the schedule, if no
+            component is chosen to prune, or the model cannot be opened.
     """
     mesh = _mesh(run.mesh, num_devices)
     if run.pretrain:
@@ -106,6 +106,8 @@ def _zeros(shapes: dict[str, Any], section: config.Prune) -> list[Row]:
         rule = f"{len(sizes)} {part.scope} layers, {part.threshold}"
         rows.append((name, rule, *_sparsities(found, pipeline)))
         sums += found
+    if not rows:
+        raise ValueError("config.prune has no component: set config.prune.unet or text_encoder")
     rows.append(("together", "", *_sparsities(sums, pipeline)))
     heads = ("requested", "zeros", "of prunable", "of component", "of pipeline")
     return [("prune", "", *heads), *rows]

@@ -126,10 +126,12 @@ def test_training_holds_four_copies_of_the_parameters(tmp_path):
     assert size("clip") > 1.5 * encoder  # both towers, and the last layer
 
 
-def test_impossible_meshes_and_samplers_are_refused(tiny):
+def test_impossible_runs_are_refused(tiny):
     for mesh in (config.Mesh(fsdp=3), config.Mesh(data=2, fsdp=2), config.Mesh(fsdp=16)):
         with pytest.raises(ValueError, match="for 8 devices"):
             plan.card(config.Run(model=tiny, mesh=mesh), 8)
+    with pytest.raises(ValueError, match="no component"):
+        plan.card(config.Run(model=tiny, prune=config.Prune()), 8)
     with pytest.raises(ValueError, match="2000 steps"):
         plan.card(config.Run(model=tiny, generate=config.Generate(num_steps=2000)), 8)
     with pytest.raises(ValueError, match="model_index"):

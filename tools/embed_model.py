@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdprune_jax import checkpoint, config, metrics, pipeline, sharding
+from sdprune_jax import checkpoint, metrics, pipeline, sharding
 from sdprune_jax.data import captions, emoji, tokenizer
 
 GUIDANCE, STEPS, SEED = 3.0, 25, 0
@@ -62,7 +62,8 @@ def _last(log: list[dict[str, float]], key: str) -> float:
 def _sample(target: pathlib.Path, split: str, count: int) -> dict[str, float]:
     """Draws a grid of generated images; returns how many find their concept."""
     model = checkpoint.open_model(target)
-    params = {name: checkpoint.load(model, name, dtype=np.float32) for name in config.COMPONENTS}
+    mesh = sharding.make_mesh()
+    params = pipeline.load(model, mesh)
     words = tokenizer.load(target / "tokenizer")
     drawn = [pair for pair, its_split in emoji.split_of().items() if its_split == split]
     rows = np.random.default_rng(SEED).permutation(len(drawn))[:count]
@@ -71,9 +72,7 @@ def _sample(target: pathlib.Path, split: str, count: int) -> dict[str, float]:
         captions.caption(emoji.concepts()[c], emoji.styles()[s].word)
         for c, s in zip(concept, style, strict=True)
     ]
-    sample = pipeline.make_sample(
-        model, sharding.make_mesh(), sampler=None, num_steps=STEPS, guided=True
-    )
+    sample = pipeline.make_sample(model, mesh, sampler=None, num_steps=STEPS, guided=True)
     length = model.text_encoder.max_position_embeddings
     size = model.unet.sample_size
     noise = pipeline.image_noise(jax.random.key(SEED), jnp.arange(count), (size, size, 4))
