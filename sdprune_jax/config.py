@@ -43,6 +43,7 @@ class Training:
     ema_decay: float = _in(0.999, 0.0, 1.0)
     log_every: int = _in(50, 1, 10**9)  # steps
     save_every: int = _in(500, 1, 10**9)  # steps
+    num_evals: int = _in(8, 1, 10**6)  # of the averaged parameters, the last one at the end
 
 
 @dataclasses.dataclass
@@ -170,9 +171,11 @@ def resize(run: Run, size: str | None) -> Run:
         run.pretrain.num_images = 64
         for part in (run.pretrain.clip, run.pretrain.vae, run.pretrain.unet):
             part.training = dataclasses.replace(
-                part.training, num_steps=4, batch_size=16, warmup_steps=1, log_every=2, save_every=2
-            )
+                part.training, num_steps=4, batch_size=16, warmup_steps=1, cycles=1, log_every=2,
+                save_every=2, num_evals=1,
+            )  # fmt: skip
         run.pretrain.clip.text_layers, run.pretrain.clip.vision_layers = 2, 1
+        run.pretrain.clip.width = 32
         run.pretrain.vae.widths = (8, 8, 16)
         run.pretrain.unet.widths, run.pretrain.unet.heads = (8, 8, 16, 16), (1, 1, 2, 2)
         run.pretrain.unet.captions_per_image = 1

@@ -191,7 +191,7 @@ def fit_section(
     mesh: Mesh,
     directory: pathlib.Path,
 ) -> Params:
-    """`fit` as a section of the config says, evaluated 8 times on the way."""
+    """`fit` as a section of the config says."""
     optimizer = adamw(
         section.learning_rate,
         section.warmup_steps,
@@ -204,7 +204,7 @@ def fit_section(
         loss_fn, params, optimizer, batch_at, frozen,
         mesh=mesh, num_steps=section.num_steps, ema_decay=section.ema_decay, seed=seed,
         directory=directory, log_every=section.log_every, save_every=section.save_every,
-        evaluate=evaluate, eval_every=max(section.num_steps // 8, 1),
+        evaluate=evaluate, eval_every=max(section.num_steps // section.num_evals, 1),
     )  # fmt: skip
 
 

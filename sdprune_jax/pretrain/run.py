@@ -4,14 +4,16 @@ As the original was trained: a CLIP first, then an autoencoder, then the UNet on
 tower and the autoencoder's latents.
 """
 
+import dataclasses
 import pathlib
 
 import numpy as np
 import transformers
+from absl import logging
 from jax.sharding import Mesh
 
 from sdprune_jax import checkpoint, config, tensors
-from sdprune_jax.data import captions, emoji, tokenizer
+from sdprune_jax.data import cache, captions, emoji, tokenizer
 from sdprune_jax.pretrain import autoencoder, contrastive, denoiser
 
 _DATA = pathlib.Path.home() / ".cache" / "sdprune_jax" / "tfds"
@@ -25,6 +27,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """
     section, work = run.pretrain, pathlib.Path(run.workdir) / "pretrain"
     assert section is not None
+    directory, record = pathlib.Path(run.workdir) / "model", work / "done.json"
+    made_from = cache.fingerprint(dataclasses.asdict(section), run.seed)
+    if record.exists() and tensors.read_json(record)["made_from"] == made_from:
+        logging.info("%s is complete: made from the same config", directory)
+        return directory
     data = {split: emoji.load(split, _DATA) for split in emoji.SPLITS}
     if section.num_images:
         data = {
@@ -53,11 +60,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     )  # fmt: skip
     model = checkpoint.Model(text_config, unet_config, vae_config, denoiser.SCHEDULE, work)
     params = {"text_encoder": text_params, "unet": unet_params, "vae": vae_params}
-    directory = pathlib.Path(run.workdir) / "model"
     checkpoint.save(model, params, directory, dtype=np.float16, overwrite=directory.exists())
     (directory / "clip").mkdir()
     checkpoint.save_params(directory / "clip", clip_params, dtype=np.float16, name="model")
     tensors.write_json(directory / "clip" / "config.json", clip_config.to_json())
+    tensors.write_json(record, {"made_from": made_from})
     return directory
 
 
