@@ -83,6 +83,7 @@ class PretrainUNet:
     captions_per_image: int = _in(4, 1, 1000)  # text states computed and cached
     caption_dropout: float = _in(0.1, 0.0, 1.0)  # for classifier-free guidance
     min_snr_gamma: float = _in(5.0, 0.0, 1e9)  # 0: constant weights
+    remat: bool = False  # recompute activations in the backward pass: less memory, more time
     training: Training = dataclasses.field(default_factory=Training)
 
 

@@ -53,7 +53,7 @@ def train_unet(
         mesh: of `sharding.make_mesh`.
         directory: of this training alone.
     """
-    apply: Any = unet.UNet(unet_config).apply
+    apply: Any = unet.UNet(unet_config, remat=section.remat).apply
     alphas = diffusion.alphas_cumprod(SCHEDULE).astype(np.float32)
     num_images, batch_size = len(latents["train"]["mean"]), section.training.batch_size
     frozen = {"null": jnp.asarray(states["train"]["null"], jnp.float32)}
