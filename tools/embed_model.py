@@ -3,7 +3,8 @@
     python tools/embed_model.py runs/pretrain_embedded
 
 Every figure of the card is read from the run: `metrics.jsonl` of each training, and images that
-are generated here. Look at the pictures before you commit them.
+are generated here. What else there is to say of the run, say in its `NOTES.md`: the card quotes it.
+Look at the pictures before you commit them.
 """
 
 import argparse
@@ -46,7 +47,9 @@ def main() -> None:
     ):
         (target / f"curves_{name}.svg").write_text(_curves(logs[name], values))
     settings = json.loads((run / "config.json").read_text())["pretrain"]
-    (target / "README.md").write_text(_card(target, logs, recalls, settings))
+    notes = run / "NOTES.md"
+    history = notes.read_text() if notes.exists() else ""
+    (target / "README.md").write_text(_card(target, logs, recalls, settings, history))
     total = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     print(f"{target}: {total / 1e6:.1f} MB")
 
@@ -131,6 +134,7 @@ def _card(
     logs: dict[str, list[dict[str, float]]],
     recalls: dict[str, dict[str, float]],
     settings: dict[str, dict],
+    history: str,
 ) -> str:
     sizes = {path.parent.name: path.stat().st_size / 1e6 for path in target.glob("*/*.safetensors")}
     counts = {name: int(size * 1e6) // 2 for name, size in sizes.items()}
@@ -171,6 +175,7 @@ Other work ran on the same two cores during parts of it, so the times are upper 
     python -m sdprune_jax.main --config=configs/pretrain_embedded.py
     python tools/embed_model.py runs/pretrain_embedded
 
+{history}
 ## Figures
 
 CLIP: R@1 {_last(clip_log, "val_r_at_1"):.3f}, R@10 {_last(clip_log, "val_r_at_10"):.3f} on `val` \

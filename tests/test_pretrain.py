@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdprune_jax import config, metrics, train
+from sdprune_jax.data import emoji
+from sdprune_jax.models import clip, vae
+from sdprune_jax.pretrain import autoencoder, contrastive
+
+
+def _vae():
+    section = config.PretrainVAE(widths=(8, 8), norm_num_groups=4)
+    return autoencoder.configure(section)
+
+
+def test_centred_latents_decode_to_the_same_images(tmp_path):
+    vae_config = _vae()
+    params = train.init_params(vae.param_shapes(vae_config), 0)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+    images = rng.integers(0, 256, size=(6, 64, 64, 3), dtype=np.uint8)
+    pairs = emoji.Pairs(images, np.zeros(6, np.int32), np.zeros(6, np.int32))
+    reconstruct = lambda params: vae.VAE(vae_config).apply(
+        {"params": params}, metrics.to_float(images)
+    )
+    before = reconstruct(params)
+    new_config, new_params, latents = autoencoder.encode(
+        vae_config, params, {"train": pairs}, tmp_path
+    )
+    np.testing.assert_allclose(reconstruct(new_params), before, atol=2e-4)
+    mean = latents["train"]["mean"]
+    np.testing.assert_allclose(mean.mean(axis=(0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(mean.std() * new_config.scaling_factor, 1, atol=1e-4)
+    again = autoencoder.encode(vae_config, params, {"train": pairs}, tmp_path)[2]
+    np.testing.assert_array_equal(again["train"]["mean"], mean)
+    assert len(list(tmp_path.iterdir())) == 1  # computed once
+
+
+def test_text_encoder_is_the_tower_without_its_last_layer():
+    section = config.PretrainCLIP(text_layers=3, vision_layers=1, width=16, heads=2)
+    clip_config = contrastive.configure(section, 600)
+    params = train.init_params(clip.clip_param_shapes(clip_config), 0)
+    text_config, kept = contrastive.text_encoder(clip_config, params)
+    shapes = clip.text_param_shapes(text_config)
+    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(lambda s: s.shape, shapes)
+    assert "encoder.layers.1" in kept["text_model"]
+    assert "encoder.layers.2" not in kept["text_model"]
+
+
+def test_varied_images_stay_on_white():
+    images = np.ones((4, 64, 64, 3), np.float32)
+    images[:, 20:44, 20:44] = -1
+    varied = np.asarray(jax.jit(contrastive.varied)(jnp.asarray(images), jax.random.key(0)))
+    np.testing.assert_allclose(varied[:, :8], 1, atol=1e-6)
+    assert varied.min() > -1.01
+    assert len({image.tobytes() for image in varied}) == 4
+
+
+def test_rows_of_one_group_come_in_runs():
+    groups = np.arange(480) % 10
+    rows = train.rows_of_batch(480, 96, 1, seed=0, groups=groups)
+    counts = np.bincount(groups[rows], minlength=10)
+    assert (counts % 24 == 0).all()
+    seen = np.concatenate(
+        [train.rows_of_batch(480, 96, s, seed=0, groups=groups) for s in range(5)]
+    )
+    assert sorted(seen) == list(range(480))
