@@ -21,7 +21,9 @@ def get_config(size: str | None = None) -> config.Run:
         workdir="runs/sd21_magnitude",
         model="models/sd21-base",
         prune=prune,
-        generate=config.Generate(prompts="prompts.txt", num_prompts=16, batch_size=8, num_steps=50),
+        generate=config.Generate(
+            prompts="configs/prompts.txt", num_prompts=16, batch_size=8, num_steps=50
+        ),
         report=config.Report(title="Stable Diffusion 2.1-base, pruned"),
     )
     return config.resize(run, size)

@@ -6,7 +6,6 @@
 import dataclasses
 from typing import Any
 
-COMPONENTS = ("text_encoder", "unet", "vae")
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLERS = ("pndm", "ddim", "dpm++")
 

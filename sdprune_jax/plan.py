@@ -94,7 +94,7 @@ def _arithmetic(model: checkpoint.Model, section: config.Generate) -> list[Row]:
 
 def _zeros(shapes: dict[str, Any], section: config.Prune) -> list[Row]:
     """The four sparsities that papers mix up; the first weighs components by all parameters."""
-    parts = {name: getattr(section, name, None) for name in config.COMPONENTS}
+    parts = {name: getattr(section, name, None) for name in checkpoint.COMPONENTS}
     pipeline, sums, rows = _count(shapes), np.zeros(4), []
     for name, part in parts.items():
         if part is None:

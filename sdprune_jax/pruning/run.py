@@ -6,6 +6,7 @@ import time
 import zlib
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
@@ -17,6 +18,7 @@ from sdprune_jax.pruning import allocate, masks, scores
 
 _BINS = 64  # of a histogram, over 4 standard deviations to either side
 _SAMPLED = 4 * 2**20  # weights in a histogram, at most
+_COMPRESSED = 4 * 2**20  # bytes of a tensor, at most, that are compressed to estimate a size
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -31,7 +33,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     assert run.prune is not None
     sections = {
         name: section
-        for name in config.COMPONENTS
+        for name in checkpoint.COMPONENTS
         if (section := getattr(run.prune, name, None)) is not None
     }
     if not sections:
@@ -47,7 +49,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         return output
     record.unlink(missing_ok=True)
 
-    shapes = {name: checkpoint.param_shapes(model, name) for name in config.COMPONENTS}
+    shapes = {name: checkpoint.param_shapes(model, name) for name in checkpoint.COMPONENTS}
     sizes = {name: _num_parameters(tree) for name, tree in shapes.items()}
     seconds = {"load": 0.0, "select": 0.0, "save": 0.0, "verify": 0.0}
     pruned, done = {}, {}
@@ -65,7 +67,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         logging.info("%s: %d zeros in %d layers", name, done[name]["zeros"], len(layers))
 
     start = time.perf_counter()
-    dtype = np.dtype(_numpy_dtype(run.prune.save_dtype))
+    dtype = jnp.dtype(run.prune.save_dtype)
     checkpoint.save(
         model, pruned, output, dtype=dtype, variant=run.variant or None, overwrite=output.exists()
     )
@@ -173,7 +175,10 @@ def _verify(output: pathlib.Path, name: str, tree: Any, dtype: np.dtype) -> int:
 def _bytes(
     model: checkpoint.Model, output: pathlib.Path, pruned: dict[str, Any], variant: str | None
 ) -> dict[str, int]:
-    """Sizes of the pruned components' weights, in the dtype written, and compressed by zlib."""
+    """Sizes of the pruned components' weights, in the dtype written, and compressed by zlib.
+
+    Compressed sizes are scaled from the first megabytes of each tensor.
+    """
     sizes = {"dense": 0, "pruned": 0, "dense_gzip": 0, "pruned_gzip": 0}
     for name in pruned:
         stored = {
@@ -185,15 +190,10 @@ def _bytes(
             for key, tensor in files.items():
                 data = tensor.read().astype(dtypes.get(key, tensor.read().dtype)).tobytes()
                 sizes[kind] += len(data)
-                sizes[f"{kind}_gzip"] += len(zlib.compress(data, 1))
+                part = data[:_COMPRESSED]
+                sizes[f"{kind}_gzip"] += len(zlib.compress(part, 1)) * len(data) // len(part)
     return sizes
 
 
 def _num_parameters(shapes: Any) -> int:
     return sum(leaf.size for leaf in convert.flatten(shapes).values())
-
-
-def _numpy_dtype(name: str) -> Any:
-    import ml_dtypes
-
-    return ml_dtypes.bfloat16 if name == "bfloat16" else name
