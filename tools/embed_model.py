@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("run", type=pathlib.Path, help="working directory of stage `pretrain`")
     run = parser.parse_args().run
     target = checkpoint.directory_of("embedded")
-    shutil.rmtree(target, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)  # with `report.png` of the README: make it anew
     shutil.copytree(run / "model", target)
     logs = {
         name: _log(run / "pretrain" / name / "metrics.jsonl") for name in ("clip", "vae", "unet")
