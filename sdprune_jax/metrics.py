@@ -41,7 +41,6 @@ class Scorer:
     Attributes:
         model: the two towers.
         params: their parameters.
-        texts: unit vectors of the captions of all concepts, by style.
     """
 
     def __init__(self, config: clip.CLIPConfig, params: Any, words: transformers.CLIPTokenizer):
