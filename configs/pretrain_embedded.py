@@ -8,9 +8,9 @@ from sdprune_jax import config
 
 def get_config(size: str | None = None) -> config.Run:
     pretrain = config.Pretrain()
-    pretrain.clip.hard_from = 1200
+    pretrain.clip.hard_from, pretrain.clip.whole_from = 1000, 4200
     pretrain.clip.training = config.Training(
-        num_steps=2700, cycles=2, batch_size=192, learning_rate=2e-3, warmup_steps=100,
+        num_steps=4500, batch_size=256, learning_rate=2e-3, warmup_steps=200,
         weight_decay=0.1, ema_decay=0.99, log_every=20, save_every=150,
     )  # fmt: skip
     pretrain.vae.training = config.Training(

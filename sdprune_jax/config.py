@@ -57,6 +57,7 @@ class PretrainCLIP:
     heads: int = _in(4, 1, 256)
     patch_size: int = _in(8, 1, 64)  # pixels
     hard_from: int = _in(0, 0, 10**9)  # step from which batches are of a few subgroups
+    whole_from: int = _in(0, 0, 10**9)  # step from which images are read whole, not by half
     training: Training = dataclasses.field(default_factory=Training)
 
 
@@ -175,7 +176,7 @@ def resize(run: Run, size: str | None) -> Run:
                 save_every=2, num_evals=1,
             )  # fmt: skip
         run.pretrain.clip.text_layers, run.pretrain.clip.vision_layers = 2, 1
-        run.pretrain.clip.width = 32
+        run.pretrain.clip.width, run.pretrain.clip.whole_from = 32, 2
         run.pretrain.vae.widths = (8, 8, 16)
         run.pretrain.unet.widths, run.pretrain.unet.heads = (8, 8, 16, 16), (1, 1, 2, 2)
         run.pretrain.unet.captions_per_image = 1

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
-from sdprune_jax import checkpoint, config, metrics, pipeline, tensors
+from sdprune_jax import checkpoint, config, pipeline, tensors
 from sdprune_jax.data import cache, captions, emoji, tokenizer
+from sdprune_jax.metrics import embedded, paired
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -70,7 +71,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     for name in models:
         if name != "dense":
             pairs = (images[kind] / np.float32(127.5) - 1 for kind in (name, "dense"))
-            results[name]["psnr_to_dense"] = metrics.psnr(*pairs).tolist()
+            results[name]["psnr_to_dense"] = paired.psnr(*pairs).tolist()
 
     chance = {f"clip_embedded_r_at_{k}": k / len(emoji.concepts()) for k in (1, 10)}
     protocol = {
@@ -180,7 +181,7 @@ def _scores(
     """Retrieval of each image's concept by the CLIP that comes with the embedded model."""
     if concept is None or style is None or not (directory / "clip").is_dir():
         return {"scores": {}, "found": []}
-    scorer = metrics.load_scorer(directory / "clip", tokenizer.load(directory / "tokenizer"))
+    scorer = embedded.load_scorer(directory / "clip", tokenizer.load(directory / "tokenizer"))
     if images.shape[1:3] != (scorer.model.config.vision.image_size,) * 2:
         return {"scores": {}, "found": []}
     found = scorer.recall(images / np.float32(127.5) - 1, concept, style)

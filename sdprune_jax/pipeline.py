@@ -115,3 +115,8 @@ def to_bytes(images: Float[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b h w 3
             " (config.dtype), or set upcast_attention in unet/config.json"
         )
     return np.round(np.clip(images / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
+def to_float(images: Any) -> Float[Array, "n h w 3"]:
+    """From bytes to [-1, 1]."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1

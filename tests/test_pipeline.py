@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, metrics, pipeline, sharding
+from sdprune_jax import checkpoint, pipeline, sharding
 from sdprune_jax.data import tokenizer
+from sdprune_jax.metrics import paired
 
 _PROMPTS = ("a flat emoji of red apple", "a noto emoji of cat face", "a 3d emoji of airplane")
 _DIRECTORY = checkpoint.directory_of("embedded")
@@ -46,7 +47,7 @@ def test_images_equal_those_of_diffusers():
         guidance_scale=7.5, output_type="np",
     ).images  # fmt: skip
     assert want.std() > 0.05
-    decibel = metrics.psnr(got[:3], want * 2 - 1)
+    decibel = paired.psnr(got[:3], want * 2 - 1)
     assert decibel.min() >= 50, decibel
 
 

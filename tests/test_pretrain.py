@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdprune_jax import config, metrics, train
+from sdprune_jax import config, pipeline, train
 from sdprune_jax.data import emoji
 from sdprune_jax.models import clip, vae
 from sdprune_jax.pretrain import autoencoder, contrastive
@@ -21,7 +21,7 @@ def test_centred_latents_decode_to_the_same_images(tmp_path):
     images = rng.integers(0, 256, size=(6, 64, 64, 3), dtype=np.uint8)
     pairs = emoji.Pairs(images, np.zeros(6, np.int32), np.zeros(6, np.int32))
     reconstruct = lambda params: vae.VAE(vae_config).apply(
-        {"params": params}, metrics.to_float(images)
+        {"params": params}, pipeline.to_float(images)
     )
     before = reconstruct(params)
     new_config, new_params, latents = autoencoder.encode(

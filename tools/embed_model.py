@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdprune_jax import checkpoint, metrics, pipeline, sharding
+from sdprune_jax import checkpoint, pipeline, sharding
 from sdprune_jax.data import captions, emoji, tokenizer
+from sdprune_jax.metrics import embedded
 
 GUIDANCE, STEPS, SEED = 3.0, 25, 0
 GRIDS = {"train": 48, "val": 24, "test": 24}  # images of each split
@@ -82,7 +83,7 @@ def _sample(target: pathlib.Path, split: str, count: int) -> dict[str, float]:
     ids, negative = (tokenizer.encode(words, t, length) for t in (texts, [""]))
     got = np.asarray(sample(params, ids, negative, noise, jnp.float32(GUIDANCE)))
     _grid(pipeline.to_bytes(got), texts).save(target / f"samples_{split}.png", optimize=True)
-    found = metrics.load_scorer(target / "clip", words).recall(np.clip(got, -1, 1), concept, style)
+    found = embedded.load_scorer(target / "clip", words).recall(np.clip(got, -1, 1), concept, style)
     return {name: float(hits.mean()) for name, hits in found.items()}
 
 

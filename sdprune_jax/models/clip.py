@@ -189,7 +189,9 @@ class VisionTransformer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
+    def __call__(
+        self, images: Float[Array, "b h w 3"], kept: Int[Array, "b k"] | None = None
+    ) -> Float[Array, "b c"]:
         config, dtype, width = self.config, self.dtype, self.config.hidden_size
         size, name = (config.patch_size,) * 2, "embeddings.patch_embedding"
         patches = nn.Conv(
@@ -200,6 +202,8 @@ class VisionTransformer(nn.Module):
         x = jnp.concatenate([token, patches.reshape(b, -1, width)], axis=1)
         name = "embeddings.position_embedding"
         x += nn.Embed(x.shape[1], width, dtype=dtype, name=name)(jnp.arange(x.shape[1]))[None]
+        if kept is not None:
+            x = jnp.concatenate([x[:, :1], x[jnp.arange(b)[:, None], 1 + kept]], axis=1)
         x = layer_norm(config.layer_norm_eps, dtype, "pre_layrnorm")(x)
         for i in range(config.num_hidden_layers):
             x = EncoderLayer(config, False, dtype, name=f"encoder.layers.{i}")(x)
@@ -243,15 +247,24 @@ class CLIP(nn.Module):
         pooled = states[jnp.arange(ids.shape[0]), end_of_text(ids, self.config.text)]
         return _unit(self.text_projection(pooled.astype(jnp.float32)))
 
-    def embed_images(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Unit vectors of images normalised as `preprocess` does."""
-        return _unit(self.visual_projection(self.vision_model(images).astype(jnp.float32)))
+    def embed_images(
+        self, images: Float[Array, "b h w 3"], kept: Int[Array, "b k"] | None = None
+    ) -> Float[Array, "b d"]:
+        """Unit vectors of images normalised as `preprocess` does.
+
+        With `kept`, from those patches alone, counted from the top left: a training by patch
+        dropout reads a part of each image (FLIP, https://arxiv.org/abs/2212.00794).
+        """
+        return _unit(self.visual_projection(self.vision_model(images, kept).astype(jnp.float32)))
 
     def __call__(
-        self, ids: Int[Array, "b n"], images: Float[Array, "b h w 3"]
+        self,
+        ids: Int[Array, "b n"],
+        images: Float[Array, "b h w 3"],
+        kept: Int[Array, "b k"] | None = None,
     ) -> tuple[Float[Array, "b d"], Float[Array, "b d"], Float[Array, ""]]:
         """Embeddings of texts and of images, and the factor of their dot products."""
-        return self.embed_text(ids), self.embed_images(images), jnp.exp(self.logit_scale)
+        return self.embed_text(ids), self.embed_images(images, kept), jnp.exp(self.logit_scale)
 
 
 def end_of_text(ids: Int[Array, "b n"], config: TextConfig) -> Int[Array, " b"]:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sdprune_jax import config, metrics, train
+from sdprune_jax import config, pipeline, train
 from sdprune_jax.data import cache, emoji
+from sdprune_jax.metrics import paired
 from sdprune_jax.models import vae
 from sdprune_jax.pretrain.contrastive import IMAGE_SIZE
 
@@ -47,7 +48,7 @@ def train_vae(
 
     def loss_fn(params, frozen, batch, key):
         del frozen
-        x = metrics.to_float(batch["images"])
+        x = pipeline.to_float(batch["images"])
         mean, log_variance = apply({"params": params}, x, method="encode")
         z = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
         error = apply({"params": params}, z, method="decode") - x
@@ -63,12 +64,12 @@ def train_vae(
     def evaluate(params):
         figures = {}
         for split in ("val", "test"):
-            x = np.asarray(metrics.to_float(data[split].images))
+            x = np.asarray(pipeline.to_float(data[split].images))
             got = [
                 np.asarray(reconstruct({"params": params}, x[rows]))
                 for rows in cache.in_batches(len(x), 32)
             ]
-            figures[f"{split}_psnr"] = float(metrics.psnr(np.concatenate(got)[: len(x)], x).mean())
+            figures[f"{split}_psnr"] = float(paired.psnr(np.concatenate(got)[: len(x)], x).mean())
         return figures
 
     params = train.init_params(vae.param_shapes(vae_config), seed, train.ends_a_block)
@@ -94,7 +95,7 @@ def encode(
 
     def compute(images: np.ndarray) -> cache.Arrays:
         parts = [
-            apply({"params": params}, metrics.to_float(images[rows]))
+            apply({"params": params}, pipeline.to_float(images[rows]))
             for rows in cache.in_batches(len(images), 64)
         ]
         mean, log_variance = (np.concatenate([np.asarray(p[i]) for p in parts]) for i in (0, 1))

@@ -12,8 +12,9 @@ import transformers
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Key
 
-from sdprune_jax import config, metrics, train
+from sdprune_jax import config, pipeline, train
 from sdprune_jax.data import captions, emoji, tokenizer
+from sdprune_jax.metrics import embedded
 from sdprune_jax.models import clip
 
 IMAGE_SIZE = 64  # pixels
@@ -58,9 +59,11 @@ def train_clip(
     """Trains both towers by the symmetric contrastive loss over the global batch.
 
     From step `hard_from` on, a batch is of a few subgroups of concepts, which are harder to tell
-    apart than random ones.
+    apart than random ones. Up to step `whole_from`, the vision tower reads a random half of the
+    patches of each image, in half the time.
 
-    Source: CLIP, ICML 2021, figure 3 (https://arxiv.org/abs/2103.00020).
+    Sources: CLIP, ICML 2021, figure 3 (https://arxiv.org/abs/2103.00020); FLIP, CVPR 2023
+    (https://arxiv.org/abs/2212.00794).
     """
     apply: Any = clip.CLIP(clip_config).apply
     pairs, val = data["train"], data["val"]
@@ -70,8 +73,8 @@ def train_clip(
 
     def loss_fn(params, frozen, batch, key):
         del frozen
-        shown = varied(metrics.to_float(batch["images"]), key)
-        texts, pictures, scale = apply({"params": params}, batch["ids"], shown)
+        shown = varied(pipeline.to_float(batch["images"]), key)
+        texts, pictures, scale = apply({"params": params}, batch["ids"], shown, batch.get("kept"))
         logits = jnp.minimum(scale, 100.0) * texts @ pictures.T
         same = batch["concept"][:, None] == batch["concept"][None]  # in another style: no negative
         logits = jnp.where(same & ~jnp.eye(len(same), dtype=bool), -jnp.inf, logits)
@@ -85,11 +88,14 @@ def train_clip(
         rows = train.rows_of_batch(len(subgroup), training.batch_size, step, seed, groups)
         ids = draw_captions(words, pairs, rows, length, [seed, step])
         concept = pairs.concept[rows] if is_hard else np.arange(len(rows), dtype=np.int32)
-        return {"images": pairs.images[rows], "ids": ids, "concept": concept}
+        batch = {"images": pairs.images[rows], "ids": ids, "concept": concept}
+        if step < section.whole_from:
+            batch["kept"] = halves(len(rows), clip_config.vision, [seed, step])
+        return batch
 
     def evaluate(params):
-        scorer = metrics.Scorer(clip_config, params, words)
-        pictures = np.asarray(metrics.to_float(val.images))
+        scorer = embedded.Scorer(clip_config, params, words)
+        pictures = np.asarray(pipeline.to_float(val.images))
         found = scorer.recall(pictures, val.concept, val.style)
         return {f"val_{name}": float(hits.mean()) for name, hits in found.items()}
 
@@ -98,6 +104,15 @@ def train_clip(
     return train.fit_section(
         training, loss_fn, params, batch_at, {}, evaluate, seed, mesh, directory
     )
+
+
+def halves(
+    count: int, vision: clip.VisionConfig, seed: list[int]
+) -> Int32[np.ndarray, "count half"]:
+    """A random half of the patches of each image."""
+    patches = np.arange((vision.image_size // vision.patch_size) ** 2, dtype=np.int32)
+    rng = np.random.default_rng(seed)
+    return rng.permuted(np.tile(patches, (count, 1)), axis=1)[:, : len(patches) // 2]
 
 
 def draw_captions(
@@ -120,16 +135,18 @@ def draw_captions(
 def varied(images: Float[Array, "b h w 3"], key: Key[Array, ""]) -> Float[Array, "b h w 3"]:
     """Images on white, each moved, resized and recoloured a little."""
     b, h, w, _ = images.shape
-    keys = jax.random.split(key, 3)
-    scale = jax.random.uniform(keys[0], (b, 2), minval=0.92, maxval=1.06)
-    centre = jax.random.uniform(keys[1], (b, 2), minval=-2, maxval=2)  # pixels
+    keys = jax.random.split(key, 4)
+    scale = jax.random.uniform(keys[0], (b, 2), minval=0.9, maxval=1.08)
+    centre = jax.random.uniform(keys[1], (b, 2), minval=-3, maxval=3)  # pixels
     offset = (1 - scale) * jnp.array([h, w], jnp.float32)[None] / 2 + centre
     resample = lambda image, scale, offset: jax.image.scale_and_translate(
         image, image.shape, (0, 1), scale, offset, "linear"
     )
-    moved = 1 - jax.vmap(resample)(1 - images, scale, offset)
-    strength = jax.random.uniform(keys[2], (b, 1, 1, 3), minval=0.85, maxval=1.0)
-    return 1 - (1 - moved) * strength
+    ink = jax.vmap(resample)(1 - images, scale, offset)  # 0 where the paper is white
+    grey = ink.mean(axis=-1, keepdims=True)
+    saturation = jax.random.uniform(keys[2], (b, 1, 1, 1), minval=0.6, maxval=1.2)
+    strength = jax.random.uniform(keys[3], (b, 1, 1, 3), minval=0.8, maxval=1.0)
+    return 1 - (grey + (ink - grey) * saturation) * strength
 
 
 def text_encoder(

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdprune_jax import checkpoint, main, metrics, pipeline, sharding
+from sdprune_jax import checkpoint, main, pipeline, sharding
 from sdprune_jax.data import tokenizer
+from sdprune_jax.metrics import embedded
 from sdprune_jax.models import clip, unet, vae
 
 
@@ -31,7 +32,7 @@ def run() -> None:
     directory = checkpoint.directory_of("embedded")
     model = checkpoint.open_model(directory)
     params = pipeline.load(model, sharding.make_mesh())
-    scorer = metrics.load_scorer(directory / "clip", tokenizer.load(directory / "tokenizer"))
+    scorer = embedded.load_scorer(directory / "clip", tokenizer.load(directory / "tokenizer"))
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     size, length = model.unet.sample_size, model.text_encoder.max_position_embeddings

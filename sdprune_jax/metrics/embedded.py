@@ -1,4 +1,4 @@
-"""Figures of quality. Those of the embedded CLIP carry its name: they are nobody else's scores."""
+"""Scores of the embedded CLIP. They carry its name: they are nobody else's scores."""
 
 import functools
 import json
@@ -10,20 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Bool, Float, Int, Int32
 
 from sdprune_jax import checkpoint
 from sdprune_jax.data import captions, emoji, tokenizer
 from sdprune_jax.data.cache import in_batches
 from sdprune_jax.models import clip
-
-
-def psnr(
-    got: Float[np.ndarray, "b h w 3"], want: Float[np.ndarray, "b h w 3"]
-) -> Float[np.ndarray, " b"]:
-    """Peak signal-to-noise ratio of each image, in dB, for images in [-1, 1]."""
-    error = np.mean((np.clip(got, -1, 1) - want) ** 2, axis=(1, 2, 3), dtype=np.float64)
-    return 10 * np.log10(4 / np.maximum(error, 1e-12))
 
 
 def recall_at(
@@ -92,8 +84,3 @@ def load_scorer(directory: pathlib.Path, words: transformers.CLIPTokenizer) -> S
     config = clip.CLIPConfig.from_json(json.loads((directory / "config.json").read_text()))
     params = checkpoint.load_params(directory, clip.clip_param_shapes(config), dtype=np.float32)
     return Scorer(config, params, words)
-
-
-def to_float(images: Any) -> Float[Array, "n h w 3"]:
-    """From bytes to [-1, 1]."""
-    return jnp.asarray(images, jnp.float32) / 127.5 - 1
