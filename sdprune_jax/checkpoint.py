@@ -49,6 +49,12 @@ def directory_of(name: str) -> pathlib.Path:
     return pathlib.Path(__file__).parent / "embedded" if name == "embedded" else pathlib.Path(name)
 
 
+def models_of_run(model: str, workdir: str | os.PathLike[str]) -> dict[str, pathlib.Path]:
+    """The directories to compare: `dense`, and `pruned` if the run has made one."""
+    pruned = pathlib.Path(workdir) / "pruned"
+    return {"dense": directory_of(model)} | ({"pruned": pruned} if pruned.is_dir() else {})
+
+
 def open_model(directory: str | os.PathLike[str]) -> Model:
     """Reads and checks every config of a diffusers directory; weights are not touched.
 

@@ -8,6 +8,8 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLERS = ("pndm", "ddim", "dpm++")
+STAGES = ("pretrain", "prune", "generate", "evaluate", "report")  # in order
+PROTOCOLS = ("embedded", "sd2prune-paper", "aptp-cc3m", "aptp-coco", "bksdm")
 
 
 def _of(default: Any, *legal: Any) -> Any:
@@ -132,6 +134,20 @@ class Generate:
 
 
 @dataclasses.dataclass
+class Evaluate:
+    """Every model of the run under one published protocol, or under ours."""
+
+    protocol: str = _of("embedded", *PROTOCOLS)
+    num_images: int = _in(0, 0, 10**7)  # of each model; 0: as many as the protocol says
+    batch_size: int = _in(16, 1, 2**16)  # images over all devices
+    networks: str = ""  # directory that tools/convert_metric_weights.py wrote
+    data: str = ""  # directory that tools/prepare_data.py wrote
+    # Statistics of the reference pictures, .npz with mu and sigma; empty: computed from `data`.
+    references: str = ""
+    num_resamples: int = _in(200, 0, 10**5)  # of the bootstrap; 0: no intervals
+
+
+@dataclasses.dataclass
 class Report:
     """One self-contained HTML file."""
 
@@ -152,6 +168,7 @@ class Run:
     pretrain: Pretrain | None = None
     prune: Prune | None = None
     generate: Generate | None = None
+    evaluate: Evaluate | None = None
     report: Report | None = None
 
 
@@ -187,4 +204,8 @@ def resize(run: Run, size: str | None) -> Run:
             run.generate, prompts="embedded", num_prompts=2, batch_size=2, num_steps=2,
             height=None, width=None,
         )  # fmt: skip
+    if run.evaluate:
+        run.evaluate = dataclasses.replace(
+            run.evaluate, protocol="embedded", num_images=8, batch_size=8, num_resamples=10
+        )
     return run

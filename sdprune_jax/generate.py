@@ -7,7 +7,6 @@ import sys
 import time
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
@@ -30,9 +29,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """
     section, work = run.generate, pathlib.Path(run.workdir)
     assert section is not None
-    directories = {"dense": checkpoint.directory_of(run.model)}
-    if (work / "pruned").is_dir():
-        directories["pruned"] = work / "pruned"
+    directories = checkpoint.models_of_run(run.model, work)
     models = {name: checkpoint.open_model(path) for name, path in directories.items()}
     prompts, concept, style = _prompts(section, run.seed)
     height, width = _size(section, models["dense"], mesh)
@@ -109,14 +106,7 @@ def _prompts(
         if not prompts:
             raise ValueError(f"{path} has no prompt: write one a line")
         return prompts, None, None
-    drawn = [pair for pair, split in emoji.split_of().items() if split == section.split]
-    order = np.random.default_rng(seed).permutation(len(drawn))[: section.num_prompts]
-    concept, style = np.array([drawn[i] for i in order], np.int32).T
-    prompts = [
-        captions.caption(emoji.concepts()[c], emoji.styles()[s].word)
-        for c, s in zip(concept, style, strict=True)
-    ]
-    return prompts, concept, style
+    return captions.drawn(section.split, section.num_prompts, seed)
 
 
 def _size(section: config.Generate, model: checkpoint.Model, mesh: Mesh) -> tuple[int, int]:
@@ -151,25 +141,23 @@ def _generate(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Images as bytes, and the seconds of the first batch (compilation included) and the rest."""
     params = pipeline.load(model, mesh, variant or None)
-    words = tokenizer.load(model.directory / "tokenizer")
-    length = model.text_encoder.max_position_embeddings
-    ids = tokenizer.encode(words, prompts, length)
-    negative = tokenizer.encode(words, [section.negative_prompt], length)
-    h, w = (pixels // model.vae.downscale for pixels in size)
-    key, scale = jax.random.key(seed), jnp.float32(section.guidance_scale)
-    batches = list(cache.in_batches(len(prompts), section.batch_size))
-    images, seconds = [], []
-    for rows in tqdm(batches, desc="images", unit="batch", disable=not sys.stderr.isatty()):
-        start = time.perf_counter()
-        noise = pipeline.image_noise(key, jnp.asarray(rows), (h, w, model.vae.latent_channels))
-        out = np.asarray(sample(params, ids[rows], negative, noise, scale))
-        images.append(pipeline.to_bytes(out))
-        seconds.append(time.perf_counter() - start)
+    batches = pipeline.render(
+        model, params, sample, prompts, range(len(prompts)), size=size, seed=seed,
+        guidance_scale=section.guidance_scale, negative_prompt=section.negative_prompt,
+        batch_size=section.batch_size,
+    )  # fmt: skip
+    images, seconds, start = [], [], time.perf_counter()
+    with tqdm(desc="images", total=len(prompts), disable=not sys.stderr.isatty()) as bar:
+        for batch in batches:
+            images.append(batch.images)
+            seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            bar.update(len(batch.index))
     logging.info("%d images in %.1f s", len(prompts), sum(seconds))
     timing = {"first_batch_seconds": seconds[0], "seconds": sum(seconds)}
     if len(seconds) > 1:
-        timing["seconds_per_image"] = sum(seconds[1:]) / len(seconds[1:]) / section.batch_size
-    return np.concatenate(images)[: len(prompts)], timing
+        timing["seconds_per_image"] = sum(seconds[1:]) / (len(prompts) - len(images[0]))
+    return np.concatenate(images), timing
 
 
 def _scores(

@@ -40,8 +40,8 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
     Raises:
         ValueError: if no section is set, or a stage cannot do what its section says.
     """
-    if not (run.pretrain or run.prune or run.generate or run.report):
-        raise ValueError("the config sets no stage: no pretrain, prune, generate or report")
+    if not any(getattr(run, stage) for stage in config.STAGES):
+        raise ValueError(f"the config sets no stage: none of {', '.join(config.STAGES)}")
     mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp)
     save(run)
     paths = []
@@ -57,6 +57,10 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
         from sdprune_jax import generate
 
         paths.append(generate.run(run, mesh))
+    if run.evaluate:
+        from sdprune_jax.evaluate import run as evaluate
+
+        paths.append(evaluate.run(run, mesh))
     if run.report:
         from sdprune_jax.report import run as report
 

@@ -1,8 +1,8 @@
 """Prompt to image: encode, denoise under guidance, decode, as one jitted function."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,27 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from sdprune_jax import checkpoint, samplers, sharding
 from sdprune_jax.checkpoint import Model
+from sdprune_jax.data import cache, tokenizer
 from sdprune_jax.models import clip, unet, vae
 
+
+class Sampled(NamedTuple):
+    """What came of some prompts."""
+
+    latents: Float[Array, "b h w c"]  # the last ones, as the UNet knows them
+    images: Float[Array, "b height width 3"]  # about [-1, 1]
+
+
+class Rendered(NamedTuple):
+    """A batch of finished images."""
+
+    index: list[int]  # of their prompts
+    latents: Float[np.ndarray, "b h w c"]
+    images: UInt8[np.ndarray, "b height width 3"]
+
+
 # (params by component, prompt ids [b n], negative ids [1 n], noise [b h w c], guidance scale)
-# -> images [b height width 3], about [-1, 1]
-Sample = Callable[..., Float[Array, "b height width 3"]]
+Sample = Callable[..., Sampled]
 
 
 def load(model: Model, mesh: Mesh, variant: str | None = None) -> dict[str, Any]:
@@ -50,7 +66,7 @@ def make_sample(
         dtype: of the computation.
 
     Returns:
-        `(params, ids, negative_ids, noise, guidance_scale) -> images`; guidance scale 1 is the
+        `(params, ids, negative_ids, noise, guidance_scale) -> Sampled`; guidance scale 1 is the
         prompt alone. Source of guidance: Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598).
     """
     encode: Any = clip.TextTower(model.text_encoder, dtype).apply
@@ -70,7 +86,7 @@ def make_sample(
         negative_ids: Int[Array, "1 n"],
         noise: Float[Array, "b h w c"],
         guidance_scale: Float[Array, ""],
-    ) -> Float[Array, "b height width 3"]:
+    ) -> Sampled:
         text_params = {"params": params["text_encoder"]}
         text = encode(text_params, ids)
         if guided:
@@ -87,10 +103,57 @@ def make_sample(
             return samplers.step(state, row, out), None
 
         state, _ = jax.lax.scan(call, samplers.start(noise), jax.tree.map(jnp.asarray, table))
-        latents = state.x / model.vae.scaling_factor
-        return decode({"params": params["vae"]}, latents)
+        images = decode({"params": params["vae"]}, state.x / model.vae.scaling_factor)
+        return Sampled(state.x, images)
 
     return sample
+
+
+def render(
+    model: Model,
+    params: Mapping[str, Any],
+    sample: Sample,
+    prompts: Sequence[str],
+    index: Sequence[int],
+    *,
+    size: tuple[int, int],
+    seed: int,
+    guidance_scale: float,
+    negative_prompt: str,
+    batch_size: int,
+) -> Iterator[Rendered]:
+    """Yields one batch after another, of `batch_size` images or fewer.
+
+    An image depends on its prompt, its index and the seed, not on what else is asked for.
+
+    Args:
+        model: as loaded into `params`.
+        params: of `load`.
+        sample: of `make_sample`.
+        prompts: of the whole experiment.
+        index: of the prompts wanted, each at its place in `prompts`.
+        size: height and width in pixels.
+        seed: of the noise.
+        guidance_scale: 1 is the prompt alone.
+        negative_prompt: what guidance leads away from.
+        batch_size: images at once, over all devices.
+
+    Raises:
+        FloatingPointError: if an image is not finite.
+    """
+    words = tokenizer.load(model.directory / "tokenizer")
+    length = model.text_encoder.max_position_embeddings
+    negative = tokenizer.encode(words, [negative_prompt], length)
+    h, w = (pixels // model.vae.downscale for pixels in size)
+    shape, key, scale = (h, w, model.vae.latent_channels), jax.random.key(seed), guidance_scale
+    for rows in cache.in_batches(len(index), batch_size):
+        here = [index[row] for row in rows]
+        ids = tokenizer.encode(words, [prompts[i] for i in here], length)
+        noise = image_noise(key, jnp.asarray(here), shape)
+        made = sample(params, ids, negative, noise, jnp.float32(scale))
+        num = len(set(rows.tolist()))  # the last batch repeats its last row
+        latents, images = (sharding.to_host(x)[:num] for x in made)
+        yield Rendered(here[:num], latents, to_bytes(images))
 
 
 @partial(jax.jit, static_argnames="shape")

@@ -10,10 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdprune_jax import checkpoint, config, convert, macs, samplers, sharding, sites, train
+from sdprune_jax.evaluate.protocols import PROTOCOLS
 from sdprune_jax.models import clip
 from sdprune_jax.pruning import allocate
 
 Row = Sequence[str]
+
+_SCOPES = ("linear", "linear+conv")  # whose sizes the card shows
 
 
 def card(run: config.Run, num_devices: int) -> str:
@@ -33,7 +36,7 @@ def card(run: config.Run, num_devices: int) -> str:
     else:
         model = checkpoint.open_model(checkpoint.directory_of(run.model))
     shapes = {name: checkpoint.param_shapes(model, name) for name in checkpoint.COMPONENTS}
-    stages = [stage for stage in ("pretrain", "prune", "generate", "report") if getattr(run, stage)]
+    stages = [stage for stage in config.STAGES if getattr(run, stage)]
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     parts = [
         f"{model.directory}: {model.schedule.prediction_type}, {model.schedule.class_name}\n"
@@ -45,19 +48,26 @@ def card(run: config.Run, num_devices: int) -> str:
         parts.append(_aligned(_zeros(shapes, run.prune)))
     if run.pretrain:
         parts.append(_aligned(_trainings(run.pretrain, shapes, mesh)))
+    models = "dense and pruned" if run.prune else "dense"
     if run.generate:
-        models = "dense and pruned" if run.prune else "dense"
         batch, count = run.generate.batch_size, run.generate.num_prompts
         parts.append(f"generate: {count:,} prompts, {batch} at once, {models}")
+    if run.evaluate:
+        protocol = PROTOCOLS[run.evaluate.protocol]
+        count = run.evaluate.num_images or protocol.num_images
+        parts.append(
+            f"evaluate: {protocol.name}, {count:,} images of {models}, {protocol.num_steps} steps,"
+            f" guidance {protocol.guidance_scale:g}: {', '.join(m.name for m in protocol.metrics)}"
+        )
     return "\n\n".join(parts)
 
 
 def _parameters(shapes: dict[str, Any], mesh: Mesh) -> list[Row]:
-    heads = [text for scope in sites.SCOPES for text in (scope, "share")]
+    heads = [text for scope in _SCOPES for text in (scope, "share")]
     rows: list[Row] = [("parameters", "all", *heads, "float32 file", "float16 file", "a device")]
     for name, tree in shapes.items():
         count = _count(tree)
-        prunable = [sum(_prunable(tree, name, scope).values()) for scope in sites.SCOPES]
+        prunable = [sum(_prunable(tree, name, scope).values()) for scope in _SCOPES]
         shares = [text for n in prunable for text in (f"{n:,}", f"{n / count:.1%}")]
         sizes = (4 * count, 2 * count, _bytes_a_device(tree, mesh))
         rows.append((name, f"{count:,}", *shares, *map(_size, sizes)))

@@ -4,6 +4,8 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,6 +38,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def to_host(x: Any) -> np.ndarray:
+    """The whole of an array; every process calls it if parts are on other hosts."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def fsdp_shardings(tree: Any, mesh: Mesh, min_bytes: int = MIN_SHARDED_BYTES) -> Any:

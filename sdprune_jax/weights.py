@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from jaxtyping import Shaped
 
 from sdprune_jax import convert, tensors
+from sdprune_jax.sharding import to_host
 
 MAX_SHARD_BYTES = 10 * 10**9  # as in diffusers: every part of Stable Diffusion 2 is one file
 
@@ -95,7 +95,7 @@ def save_params(
 
     def read(key: str) -> Shaped[np.ndarray, "..."]:
         nonlocal num_lost
-        x = _to_host(flat[paths[key]])
+        x = to_host(flat[paths[key]])
         with np.errstate(over="ignore", under="ignore"):  # both are counted
             cast = x.astype(specs[key].dtype, copy=False)
         num_lost += np.count_nonzero(x) - np.count_nonzero(cast)
@@ -184,12 +184,6 @@ def _place(
 def _torch_spec(path: str, leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     shape = tuple(leaf.shape[axis] for axis in convert.torch_axes(path, len(leaf.shape)))
     return jax.ShapeDtypeStruct(shape, np.dtype(dtype or leaf.dtype))
-
-
-def _to_host(x: Any) -> Shaped[np.ndarray, "..."]:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
 
 
 def _num_nonfinite(x: Shaped[np.ndarray, "..."]) -> int:

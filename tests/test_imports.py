@@ -16,7 +16,8 @@ LAYERS = (
     "checkpoint data macs",
     "metrics pipeline train",
     "aptp pretrain pruning",
-    "evaluate generate plan report",
+    "evaluate generate",
+    "plan report",
     "command_line",
     "main",
 )

@@ -28,9 +28,8 @@ def _sample(mesh, prompts, index, num_steps):
     params = pipeline.load(model, mesh)
     sample = pipeline.make_sample(model, mesh, sampler=None, num_steps=num_steps, guided=True)
     noise = _noise(model, index)
-    return np.asarray(
-        sample(params, _ids(model, prompts), _ids(model, [""]), noise, jnp.float32(7.5))
-    )
+    ids, negative = _ids(model, prompts), _ids(model, [""])
+    return np.asarray(sample(params, ids, negative, noise, jnp.float32(7.5)).images)
 
 
 def test_images_equal_those_of_diffusers():

@@ -17,13 +17,11 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
 from sdprune_jax import checkpoint, pipeline, sharding
-from sdprune_jax.data import captions, emoji, tokenizer
+from sdprune_jax.data import captions, tokenizer
 from sdprune_jax.metrics import embedded
 
 GUIDANCE, STEPS, SEED = 3.0, 25, 0
@@ -68,22 +66,17 @@ def _sample(target: pathlib.Path, split: str, count: int) -> dict[str, float]:
     model = checkpoint.open_model(target)
     mesh = sharding.make_mesh()
     params = pipeline.load(model, mesh)
-    words = tokenizer.load(target / "tokenizer")
-    drawn = [pair for pair, its_split in emoji.split_of().items() if its_split == split]
-    rows = np.random.default_rng(SEED).permutation(len(drawn))[:count]
-    concept, style = np.array([drawn[row] for row in rows], np.int32).T
-    texts = [
-        captions.caption(emoji.concepts()[c], emoji.styles()[s].word)
-        for c, s in zip(concept, style, strict=True)
-    ]
+    texts, concept, style = captions.drawn(split, count, SEED)
     sample = pipeline.make_sample(model, mesh, sampler=None, num_steps=STEPS, guided=True)
-    length = model.text_encoder.max_position_embeddings
-    size = model.unet.sample_size
-    noise = pipeline.image_noise(jax.random.key(SEED), jnp.arange(count), (size, size, 4))
-    ids, negative = (tokenizer.encode(words, t, length) for t in (texts, [""]))
-    got = np.asarray(sample(params, ids, negative, noise, jnp.float32(GUIDANCE)))
-    _grid(pipeline.to_bytes(got), texts).save(target / f"samples_{split}.png", optimize=True)
-    found = embedded.load_scorer(target / "clip", words).recall(np.clip(got, -1, 1), concept, style)
+    size = (model.unet.sample_size * model.vae.downscale,) * 2
+    batches = pipeline.render(
+        model, params, sample, texts, range(count), size=size, seed=SEED,
+        guidance_scale=GUIDANCE, negative_prompt="", batch_size=count,
+    )  # fmt: skip
+    got = next(batches).images
+    _grid(got, texts).save(target / f"samples_{split}.png", optimize=True)
+    scorer = embedded.load_scorer(target / "clip", tokenizer.load(target / "tokenizer"))
+    found = scorer.recall(np.asarray(pipeline.to_float(got)), concept, style)
     return {name: float(hits.mean()) for name, hits in found.items()}
 
 

@@ -1,7 +1,9 @@
 """Captions of the embedded dataset: one canonical form, and variations of it for training."""
 
 import numpy as np
+from jaxtyping import Int32
 
+from sdprune_jax.data import emoji
 from sdprune_jax.data.emoji import Concept
 
 CANONICAL = "{article} {style} emoji of {name}"
@@ -30,6 +32,23 @@ def augmented(rng: np.random.Generator, concept: Concept, style: str) -> str:
         return _fill(template, ", ".join(tags[:3]), style)
     num_tags = rng.choice(3, p=(0.66, 0.17, 0.17))
     return ", ".join([_fill(template, _name(concept), style), *tags[:num_tags]])
+
+
+def drawn(
+    split: str, count: int, seed: int
+) -> tuple[list[str], Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
+    """Canonical captions of pictures drawn from a split, and their concepts and styles.
+
+    The first of a longer draw by the same seed; fewer than `count` if the split has no more.
+    """
+    pairs = [pair for pair, its_split in emoji.split_of().items() if its_split == split]
+    order = np.random.default_rng(seed).permutation(len(pairs))[:count]
+    concept, style = np.array([pairs[i] for i in order], np.int32).T
+    texts = [
+        caption(emoji.concepts()[c], emoji.styles()[s].word)
+        for c, s in zip(concept, style, strict=True)
+    ]
+    return texts, concept, style
 
 
 def _fill(template: str, name: str, style: str | None) -> str:

@@ -23,6 +23,7 @@ from PIL import Image
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # fraction of the concepts for test, and of the remaining pictures for val
+CACHE = pathlib.Path.home() / ".cache" / "sdprune_jax" / "tfds"
 _DIRECTORY = pathlib.Path(__file__).parent / "emoji64"
 
 
@@ -150,7 +151,7 @@ def prepare(cache_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def load(split: str, cache_dir: str | os.PathLike[str]) -> Pairs:
+def load(split: str, cache_dir: str | os.PathLike[str] = CACHE) -> Pairs:
     """Reads a whole split: 10,000 pictures take 120 MB.
 
     Raises:

@@ -60,8 +60,17 @@ class Scorer:
         ks: Sequence[int] = (1, 10),
     ) -> dict[str, Bool[np.ndarray, " n"]]:
         """Whether each image finds its concept among the captions of all, in its own style."""
-        embedded = self.embed_images(images)
-        found = {f"r_at_{k}": np.zeros(len(images), bool) for k in ks}
+        return self.recall_of(self.embed_images(images), concept, style, ks)
+
+    def recall_of(
+        self,
+        embedded: Float[np.ndarray, "n d"],
+        concept: Int32[np.ndarray, " n"],
+        style: Int32[np.ndarray, " n"],
+        ks: Sequence[int] = (1, 10),
+    ) -> dict[str, Bool[np.ndarray, " n"]]:
+        """`recall` of images that are embedded already."""
+        found = {f"r_at_{k}": np.zeros(len(embedded), bool) for k in ks}
         for one in np.unique(style):
             rows = np.flatnonzero(style == one)
             word = emoji.styles()[one].word

@@ -250,7 +250,7 @@ class CLIP(nn.Module):
     def embed_images(
         self, images: Float[Array, "b h w 3"], kept: Int[Array, "b k"] | None = None
     ) -> Float[Array, "b d"]:
-        """Unit vectors of images normalised as `preprocess` does.
+        """Unit vectors of images, normalised as in the training of the CLIP.
 
         With `kept`, from those patches alone, counted from the top left: a training by patch
         dropout reads a part of each image (FLIP, https://arxiv.org/abs/2212.00794).

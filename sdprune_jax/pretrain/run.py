@@ -16,9 +16,6 @@ from sdprune_jax import checkpoint, config, tensors
 from sdprune_jax.data import cache, captions, emoji, tokenizer
 from sdprune_jax.pretrain import autoencoder, contrastive, denoiser
 
-_DATA = pathlib.Path.home() / ".cache" / "sdprune_jax" / "tfds"
-
-
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """Trains what `run.pretrain` asks for, or resumes it.
 
@@ -32,7 +29,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     if record.exists() and tensors.read_json(record)["made_from"] == made_from:
         logging.info("%s is complete: made from the same config", directory)
         return directory
-    data = {split: emoji.load(split, _DATA) for split in emoji.SPLITS}
+    data = {split: emoji.load(split) for split in emoji.SPLITS}
     if section.num_images:
         data = {
             split: emoji.Pairs(*(x[: section.num_images] for x in pairs))

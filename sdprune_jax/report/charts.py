@@ -147,6 +147,33 @@ def histogram(
     return _plot(areas, f"0 0 {len(before)} 100", label, ticks, words)
 
 
+def intervals(figures: Mapping[str, Mapping[str, float]], label: str) -> str:
+    """Returns one row a model: a point and the interval around it, on a shared axis.
+
+    Args:
+        figures: `value`, `low` and `high` by name of the model.
+        label: what the figure is, for those who cannot see it.
+    """
+    low = min(figure["low"] for figure in figures.values())
+    high = max(figure["high"] for figure in figures.values())
+    margin = 0.05 * (high - low) or abs(high) or 1.0
+    left, width = low - margin, high - low + 2 * margin
+    x = lambda value: 100 * (value - left) / width
+    parts = []
+    for i, (name, figure) in enumerate(figures.items()):
+        y = 100 * (i + 0.5) / len(figures)
+        a, b, middle = (x(figure[key]) for key in ("low", "high", "value"))
+        words = f"{name}: {figure['value']:.4g}, {figure['low']:.4g} to {figure['high']:.4g}"
+        parts.append(
+            f'<g><title>{text(words)}</title><rect class="gone" x="{a:.4g}" y="{y - 5:.4g}"'
+            f' width="{max(b - a, 0.3):.4g}" height="10"/><rect class="kept"'
+            f' x="{middle - 0.4:.4g}" y="{y - 12:.4g}" width=".8" height="24"/></g>'
+        )
+    ticks = {100 * (i + 0.5) / len(figures): text(name) for i, name in enumerate(figures)}
+    ends = f'<span>{left:.3g}</span><span style="left:100%">{left + width:.3g}</span>'
+    return _plot("".join(parts), "0 0 100 100", label, ticks, ends, "low")
+
+
 def _bars(heights: Sequence[float], titles: Sequence[str]) -> str:
     """Bars of unit width; heights in [0, 1]."""
     return "".join(

@@ -37,7 +37,19 @@ _MODEL = {
     "psnr_to_dense?": [_NUMBER],
 }
 _IMAGES = {"protocol": {}, "prompts": [str], "models": {"*": _MODEL}, "chance": {"*": _NUMBER}}
-_FORMS = {"prune.json": _PRUNE, "images/generate.json": _IMAGES, "config.json": {}}
+_EVALUATION = {
+    "protocol": {
+        **dict.fromkeys(("name", "source", "remarks"), str),
+        **dict.fromkeys(("num_images", "evaluated"), int),
+    },
+    "models": {"*": {"figures": {"*": {"value": _NUMBER, "low?": _NUMBER, "high?": _NUMBER}}}},
+}
+_FORMS = {
+    "prune.json": _PRUNE,
+    "images/generate.json": _IMAGES,
+    "evaluate.json": _EVALUATION,
+    "config.json": {},
+}
 
 
 class Files(NamedTuple):
@@ -45,6 +57,7 @@ class Files(NamedTuple):
 
     prune: Mapping[str, Any]  # prune.json
     images: Mapping[str, Any]  # images/generate.json
+    evaluation: Mapping[str, Any]  # evaluate.json
     settings: Mapping[str, Any]  # config.json
     folder: pathlib.Path  # of the pictures
 
@@ -66,7 +79,7 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
         path = workdir / name
         found.append(tensors.read_json(path) if path.exists() else {})
         problems += _misfits(found[-1], form, path.name) if path.exists() else []
-    prune, images, settings = found
+    prune, images, evaluation, settings = found
     if not problems:  # contents only once the form is sound
         problems += [*_prune_problems(prune), *_images_problems(images), *_score_problems(images)]
     if not problems:
@@ -76,7 +89,7 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
             f"{workdir} cannot be reported; run the stage again that wrote what is wrong:\n  "
             + tensors.listing(problems)
         )
-    return Files(prune, images, settings, workdir / "images")
+    return Files(prune, images, evaluation, settings, workdir / "images")
 
 
 def picture(path: pathlib.Path) -> UInt8[np.ndarray, "h w 3"]:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from sdprune_jax import config
-from sdprune_jax.report import charts, pictures, pruning
+from sdprune_jax.report import charts, evaluation, pictures, pruning
 from sdprune_jax.report import files as inputs
 from sdprune_jax.report.charts import text
 
@@ -26,8 +26,8 @@ _TEMPLATE = pathlib.Path(__file__).with_name("page.html")
 def run(run: config.Run) -> pathlib.Path:
     """Writes `report.html` into the run's directory, by the first process only, and returns it.
 
-    Reads `prune.json`, `images/generate.json` with its pictures, and `config.json`; what is not
-    there is left out.
+    Reads `prune.json`, `images/generate.json` with its pictures, `evaluate.json`, and
+    `config.json`; what is not there is left out.
 
     Raises:
         ValueError: naming all that is not as the stages before write it.
@@ -40,10 +40,13 @@ def run(run: config.Run) -> pathlib.Path:
     prune, images = files.prune, files.images
     sentences = pruning.verdict(prune) if prune else ["Nothing was pruned in this run."]
     sentences += pictures.verdict(images)
+    sentences += evaluation.verdict(files.evaluation)
     parts = [f'<p class="verdict">{sentence}</p>' for sentence in sentences]
     if images:
         parts.append(pictures.grid(images, files.folder, run.report.num_images))
         parts.append(pictures.retrieval(images))
+    if files.evaluation:
+        parts.append(evaluation.figures(files.evaluation))
     if prune:
         parts.append(pruning.sparsity(prune))
         parts.append(pruning.layers(prune))

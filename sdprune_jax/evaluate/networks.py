@@ -1,0 +1,95 @@
+"""Networks whose features are compared: pictures in bytes go in, vectors come out."""
+
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from sdprune_jax import checkpoint, tensors
+from sdprune_jax.data import cache, tokenizer
+from sdprune_jax.metrics import embedded, features
+from sdprune_jax.models import clip, inception
+
+_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's training images
+_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+class Network(NamedTuple):
+    """A network, ready to embed."""
+
+    embed: features.Embed  # (params, images of 0 to 255) -> features
+    params: Any
+    embed_texts: Callable[[Sequence[str]], Float[np.ndarray, "n d"]] | None
+    weights: str  # their SHA-256
+    scorer: embedded.Scorer | None  # of the embedded CLIP
+
+
+def load(name: str, directory: str, model: checkpoint.Model) -> Network:
+    """Loads a network by its name in a protocol.
+
+    Args:
+        name: "embedded", "inception", or that of a CLIP.
+        directory: holds a directory of each name, as tools/convert_metric_weights.py writes them.
+        model: the dense one. Its tokenizer is used for a CLIP: all of OpenAI's and of OpenCLIP's
+            read the same, and no token after the end of a text counts.
+
+    Raises:
+        ValueError: if the network is not there, or not what its name says.
+    """
+    if name == "embedded":
+        here = checkpoint.directory_of("embedded")
+        scorer = embedded.load_scorer(here / "clip", tokenizer.load(here / "tokenizer"))
+        embed = functools.partial(_embed_small, scorer.model)
+        return Network(embed, scorer.params, scorer.embed_texts, _state(here / "clip"), scorer)
+    here = path(directory, name)
+    if name == "inception":
+        params = checkpoint.load_params(here, inception.param_shapes(), dtype=np.float32)
+        return Network(_embed_inception, params, None, _state(here), None)
+    settings = clip.CLIPConfig.from_json(tensors.read_json(here / "config.json"))
+    params = checkpoint.load_params(here, clip.clip_param_shapes(settings), dtype=np.float32)
+    words = tokenizer.load(model.directory / "tokenizer")
+    scorer = embedded.Scorer(settings, params, words)
+    embed = functools.partial(_embed_clip, scorer.model)
+    return Network(embed, params, scorer.embed_texts, _state(here), None)
+
+
+def path(directory: str, name: str) -> pathlib.Path:
+    """Where a network lies.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    here = pathlib.Path(directory) / name
+    if not directory or not here.is_dir():
+        raise ValueError(
+            f"the protocol needs the network {name}, and {here} is no directory: convert its"
+            " weights with tools/convert_metric_weights.py, and set config.evaluate.networks"
+        )
+    return here
+
+
+def _state(directory: pathlib.Path) -> str:
+    """The SHA-256 of the weights."""
+    return hashlib.sha256(tensors.find_weights(directory).read_bytes()).hexdigest()
+
+
+def _embed_small(
+    model: clip.CLIP, params: Any, images: UInt8[Array, "b h w 3"]
+) -> Float[Array, "b d"]:
+    scaled = images.astype(jnp.float32) / 127.5 - 1
+    return model.apply({"params": params}, scaled, method="embed_images")  # pyrefly: ignore
+
+
+def _embed_clip(model: clip.CLIP, params: Any, images: Array) -> Float[Array, "b d"]:
+    scaled = (images.astype(jnp.float32) / 255 - _MEAN) / _STD
+    return model.apply({"params": params}, scaled, method="embed_images")  # pyrefly: ignore
+
+
+def _embed_inception(params: Any, images: Array) -> Float[Array, "b d"]:
+    scaled = (images.astype(jnp.float32) / 255 - 0.5) / 0.5  # as pytorch-fid
+    return inception.InceptionV3().apply({"params": params}, scaled)  # pyrefly: ignore

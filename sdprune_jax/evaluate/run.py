@@ -1,0 +1,217 @@
+"""Stage `evaluate`: every model of the run under one protocol.
+
+Images are kept as files and features in a cache, so an interrupted evaluation goes on, and one of
+more images or other metrics computes what is missing.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Float, Num, UInt8
+
+from sdprune_jax import checkpoint, config, pipeline, tensors
+from sdprune_jax.data import cache
+from sdprune_jax.data.images import RESIZE
+from sdprune_jax.evaluate import images, networks, scores, task
+from sdprune_jax.evaluate.protocols import PROTOCOLS, Metric, Protocol
+from sdprune_jax.metrics import features
+
+# From an index to the picture as the protocol's files hold it.
+_Read = Callable[[int], UInt8[np.ndarray, "h w 3"]]
+
+
+def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
+    """Writes `workdir/evaluate.json`: the protocol, and every figure of every model.
+
+    Beside a figure stand the number of its images and, where there is one, its interval.
+
+    Raises:
+        ValueError: naming what the protocol needs that is not there.
+    """
+    section, work = run.evaluate, pathlib.Path(run.workdir)
+    assert section is not None
+    protocol = PROTOCOLS[section.protocol]
+    directories = checkpoint.models_of_run(run.model, work)
+    models = {name: checkpoint.open_model(path) for name, path in directories.items()}
+    size = _size(protocol, models["dense"], section.batch_size, mesh)
+    num_images = section.num_images or protocol.num_images
+    if num_images < 2:
+        raise ValueError("config.evaluate.num_images is 1: one image has no distribution; give 2")
+    for name in {metric.network for metric in protocol.metrics} - {"embedded"}:
+        networks.path(section.networks, name)
+    asked = task.load(protocol.data, section.data, num_images, not section.references)
+    record = work / "evaluate.json"
+    states = {name: cache.directory_state(path) for name, path in directories.items()}
+    made_from = cache.fingerprint(
+        dataclasses.asdict(section), dataclasses.asdict(protocol), run.seed, run.dtype, states,
+        asked.state, asked.prompts,
+    )  # fmt: skip
+    if record.exists() and tensors.read_json(record)["made_from"] == made_from:
+        logging.info("%s is complete: made from the same config and models", record)
+        return record
+
+    folders = {
+        name: work / "evaluate" / f"{name}-{_key(run, protocol, state, size)}"
+        for name, state in states.items()
+    }
+    _render(run, mesh, protocol, models, folders, asked.prompts, size)
+    figures, weights = _measure(section, mesh, protocol, models["dense"], folders, asked)
+    values = {
+        "made_from": made_from,
+        "protocol": dataclasses.asdict(protocol)
+        | {"evaluated": len(asked.prompts), "references": asked.num_references}
+        | {"height": size[0], "width": size[1], "seed": run.seed, "dtype": run.dtype},
+        "weights": weights,
+        "models": {
+            name: {"directory": str(path), "figures": figures[name]}
+            for name, path in directories.items()
+        },
+    }
+    if jax.process_index() == 0:
+        tensors.write_json(record, values)
+    return record
+
+
+def _key(run: config.Run, protocol: Protocol, state: Any, size: tuple[int, int]) -> str:
+    """Changes with all that an image depends on, but for its prompt and index."""
+    how = (protocol.data, protocol.sampler or "", protocol.num_steps, protocol.guidance_scale)
+    return cache.fingerprint(how, state, size, run.seed, run.dtype)
+
+
+def _render(
+    run: config.Run,
+    mesh: Mesh,
+    protocol: Protocol,
+    models: Mapping[str, checkpoint.Model],
+    folders: Mapping[str, pathlib.Path],
+    prompts: Sequence[str],
+    size: tuple[int, int],
+) -> None:
+    assert run.evaluate is not None
+    samples: dict[Any, pipeline.Sample] = {}
+    for name, model in models.items():
+        architecture = (model.text_encoder, model.unet, model.vae, model.schedule)
+        if architecture not in samples:  # a masked model runs the same program
+            samples[architecture] = pipeline.make_sample(
+                model, mesh, sampler=protocol.sampler, num_steps=protocol.num_steps,
+                guided=protocol.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
+            )  # fmt: skip
+        params = pipeline.load(model, mesh, run.variant if name == "dense" else None)
+        images.complete(
+            folders[name], model, params, samples[architecture], prompts, size=size, seed=run.seed,
+            guidance_scale=protocol.guidance_scale, negative_prompt="",
+            batch_size=run.evaluate.batch_size,
+        )  # fmt: skip
+
+
+def _measure(
+    section: config.Evaluate,
+    mesh: Mesh,
+    protocol: Protocol,
+    dense: checkpoint.Model,
+    folders: Mapping[str, pathlib.Path],
+    asked: task.Task,
+) -> tuple[dict[str, scores.Figures], dict[str, str]]:
+    """The figures of every model, and a hash of the weights of every network."""
+    num_images = len(asked.prompts)
+    loaded = {
+        name: networks.load(name, section.networks, dense)
+        for name in sorted({metric.network for metric in protocol.metrics})
+    }
+    figures: dict[str, scores.Figures] = {name: {} for name in folders}
+    for metric in protocol.metrics:
+        network = loaded[metric.network]
+        cached = next(iter(folders.values())).parent / "cache"
+        extract = functools.partial(_features, network, metric, protocol, mesh, cached)
+        wanted = {}
+        for name, folder in folders.items():
+            read = functools.partial(_generated, folder, None if metric.is_fresh else protocol)
+            wanted[name] = extract(read, num_images, f"{folder.name}:{num_images}")
+        reference = None
+        has_use = metric.kind in ("fid", "kid", "cmmd") and not section.references
+        if has_use and asked.reference:
+            read = functools.partial(_real, asked.reference, protocol)
+            reference = extract(read, asked.num_references, f"real:{asked.state}")
+        found = scores.of_metric(
+            metric, wanted, reference, network, asked, mesh,
+            references=section.references, num_resamples=section.num_resamples,
+        )  # fmt: skip
+        for name in folders:
+            figures[name] |= found[name]
+    for name, folder in folders.items():
+        if name != "dense":
+            figures[name] |= scores.to_dense(
+                folder, folders["dense"], num_images, section.num_resamples
+            )
+    return figures, {name: network.weights for name, network in loaded.items()}
+
+
+def _size(
+    protocol: Protocol, model: checkpoint.Model, batch_size: int, mesh: Mesh
+) -> tuple[int, int]:
+    size = protocol.generate_size or model.unet.sample_size * model.vae.downscale
+    if batch_size % mesh.size:
+        raise ValueError(
+            f"config.evaluate.batch_size is {batch_size}, expected a multiple of the {mesh.size}"
+            " devices"
+        )
+    return size, size
+
+
+def _features(
+    network: networks.Network,
+    metric: Metric,
+    protocol: Protocol,
+    mesh: Mesh,
+    directory: pathlib.Path,
+    read: _Read,
+    num_images: int,
+    state: str,
+) -> Float[np.ndarray, "n d"]:
+    def load(index: Num[np.ndarray, " b"]) -> Num[np.ndarray, "b h w 3"]:
+        return np.stack([_resized(read(int(i)), metric.resize, metric.size) for i in index])
+
+    how = {
+        "resize": metric.resize, "size": metric.size, "is_fresh": metric.is_fresh,
+        "files": [protocol.file_size, protocol.file_resize, protocol.jpeg_quality],
+    }  # fmt: skip
+    compute = lambda: features.extract(network.embed, network.params, load, num_images, mesh)
+    return features.cached(directory, network.weights, how, state, compute)
+
+
+def _generated(
+    folder: pathlib.Path, protocol: Protocol | None, index: int
+) -> UInt8[np.ndarray, "h w 3"]:
+    image = images.picture(folder, index)
+    if protocol is None:
+        return image
+    if protocol.jpeg_quality:
+        image = images.through_jpeg(image, protocol.jpeg_quality)
+    return _filed(image, protocol, protocol.file_resize[0])
+
+
+def _real(read: _Read, protocol: Protocol, index: int) -> UInt8[np.ndarray, "h w 3"]:
+    return _filed(read(index), protocol, protocol.file_resize[1])
+
+
+def _filed(
+    image: UInt8[np.ndarray, "h w 3"], protocol: Protocol, rule: str
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """As the protocol's files hold it."""
+    if protocol.file_size:
+        image = np.round(_resized(image, rule, protocol.file_size)).astype(np.uint8)
+    if protocol.jpeg_quality:
+        image = images.through_jpeg(image, protocol.jpeg_quality)
+    return image
+
+
+def _resized(image: UInt8[np.ndarray, "h w 3"], rule: str, size: int) -> Num[np.ndarray, "h2 w2 3"]:
+    return image if rule == "none" else RESIZE[rule](image, size)

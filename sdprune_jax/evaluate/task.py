@@ -1,0 +1,62 @@
+"""What a protocol asks for, and the real pictures that it compares with."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from sdprune_jax.data import cache, captioned, captions, cc3m, coco, emoji, sampling
+
+SEED = 0  # of the draw of embedded captions: every run is asked for the same
+
+
+class Task(NamedTuple):
+    """Prompts and reference pictures."""
+
+    prompts: Sequence[str]
+    concept: Int32[np.ndarray, " n"] | None  # of each prompt, where that is known
+    style: Int32[np.ndarray, " n"] | None
+    num_references: int
+    reference: Callable[[int], UInt8[np.ndarray, "h w 3"]] | None  # reads picture i
+    state: str  # changes if the reference pictures do
+
+
+def load(data: str, directory: str, num_images: int, has_references: bool) -> Task:
+    """Opens the data of a protocol; no picture is read yet.
+
+    Args:
+        data: of a `Protocol`.
+        directory: where `tools/prepare_data.py` wrote it; the embedded data needs none.
+        num_images: prompts wanted, the first of those of the protocol.
+        has_references: whether pictures are needed, not the captions alone.
+
+    Raises:
+        ValueError: if the data is not there, or not what the protocol draws from.
+    """
+    if data == "embedded":
+        texts, concept, style = captions.drawn("train", num_images, SEED)
+        pairs = emoji.load("train")
+        state = cache.fingerprint(pairs.concept, pairs.style)
+        return Task(texts, concept, style, len(pairs.images), lambda i: pairs.images[i], state)
+    if not directory:
+        raise ValueError(
+            f"the protocol draws from {data}: set config.evaluate.data to a directory that"
+            " tools/prepare_data.py wrote"
+        )
+    if data == "bksdm":
+        drawn = sampling.bksdm(pathlib.Path(directory) / "metadata.csv")[:num_images]
+        return Task([row.caption for row in drawn], None, None, 0, None, "")
+    kind, split = data.split("-")
+    stored = {"coco": coco, "cc3m": cc3m}[kind].load(directory, split, has_images=has_references)
+    if kind == "cc3m":
+        positions = sampling.aptp_cc3m(stored.positions)
+    else:
+        rule = sampling.sd2_pruning if split == "train2017" else sampling.aptp_coco
+        positions = rule(stored.num_positions)
+    chosen = captioned.select(stored, positions)
+    return Task(
+        captioned.captions(chosen)[:num_images], None, None, len(chosen.records),
+        lambda i: captioned.image(chosen, i), cache.fingerprint(chosen.positions, directory),
+    )  # fmt: skip

@@ -1,0 +1,145 @@
+"""Stage `evaluate`: what may be interrupted, what a protocol is, and what is refused."""
+
+import io
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdprune_jax import checkpoint, config, pipeline, sharding
+from sdprune_jax.evaluate import images, networks, run, scores, task
+from sdprune_jax.evaluate.protocols import PROTOCOLS, Metric
+
+_SETTINGS = {
+    "size": (16, 16), "seed": 3, "guidance_scale": 2.0, "negative_prompt": "", "batch_size": 2,
+}  # fmt: skip
+
+
+def _fake_sample(params, ids, negative, noise, scale):
+    """Images of 16 pixels that depend on noise, prompt and parameters."""
+    del negative, scale
+    shifted = noise + params["shift"] + ids.sum(axis=1)[:, None, None, None] / 1000
+    return pipeline.Sampled(shifted, jnp.tanh(shifted[..., :3]).repeat(4, 1).repeat(4, 2))
+
+
+def _render(directory, shift, sample=_fake_sample):
+    model = checkpoint.open_model(checkpoint.directory_of("embedded"))
+    prompts = ["a", "red", "apple", "on", "it"]
+    images.complete(directory, model, {"shift": shift}, sample, prompts, **_SETTINGS)
+    return images.pictures(directory, range(5)), images.latents(directory, range(5))
+
+
+def test_an_interrupted_rendering_goes_on_to_the_same_images(tmp_path):
+    calls = []
+
+    def stops(*inputs):
+        calls.append(inputs)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return _fake_sample(*inputs)
+
+    with pytest.raises(KeyboardInterrupt):
+        _render(tmp_path / "stopped", 0.0, stops)
+    assert len(list((tmp_path / "stopped").glob("*.png"))) == 2
+    (tmp_path / "stopped" / "000002.png.tmp").write_bytes(b"half a picture")
+    stopped = _render(tmp_path / "stopped", 0.0, stops)
+    assert len(calls) == 4  # two batches were left
+    for got, want in zip(stopped, _render(tmp_path / "whole", 0.0), strict=True):
+        np.testing.assert_array_equal(got, want)
+    kept = _render(tmp_path / "whole", 1.0)  # nothing is missing, so nothing is rendered
+    np.testing.assert_array_equal(kept[0], stopped[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "num_images", "steps", "file_size", "quality", "networks_"),
+    [
+        ("sd2prune-paper", 10_000, 50, 299, 75, {"inception", "clip-vit-b-32"}),
+        ("aptp-cc3m", 14_000, 25, 256, None, {"inception", "clip-vit-b-32", "clip-vit-l-14-336"}),
+        ("aptp-coco", 30_000, 25, 256, None, {"inception", "clip-vit-b-32", "clip-vit-l-14-336"}),
+        ("bksdm", 30_000, 25, 256, None, {"inception", "clip-vit-g-14"}),
+    ],
+)
+def test_published_protocols_are_as_published(
+    name, num_images, steps, file_size, quality, networks_
+):
+    protocol = PROTOCOLS[name]
+    assert (protocol.num_images, protocol.num_steps) == (num_images, steps)
+    assert (protocol.file_size, protocol.jpeg_quality) == (file_size, quality)
+    assert protocol.guidance_scale == 7.5
+    assert {metric.network for metric in protocol.metrics} == networks_
+
+
+def test_protocols_of_the_config_are_those_there_are():
+    assert set(config.PROTOCOLS) == set(PROTOCOLS)
+    own = [metric.name for metric in PROTOCOLS["embedded"].metrics]
+    assert all("clip_embedded" in name for name in own)  # nobody else's scores
+
+
+def test_files_of_the_sd2_pruning_paper_are_jpegs_of_299_pixels():
+    protocol = PROTOCOLS["sd2prune-paper"]
+    image = np.random.default_rng(0).integers(0, 256, (40, 30, 3)).astype(np.uint8)
+    small = Image.fromarray(image).resize((299, 299), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    small.save(file, "jpeg")  # Pillow's own quality, which the authors used
+    got = run._real(lambda _: image, protocol, 0)
+    np.testing.assert_array_equal(got, np.asarray(Image.open(file)))
+
+
+def test_what_a_protocol_lacks_is_said_before_any_work(tmp_path):
+    section = config.Evaluate(protocol="aptp-coco", networks=str(tmp_path), batch_size=8)
+    asked = config.Run(workdir=str(tmp_path / "run"), evaluate=section)
+    with pytest.raises(ValueError, match=r"needs the network .* tools/convert_metric_weights\.py"):
+        run.run(asked, sharding.make_mesh())
+    with pytest.raises(ValueError, match=r"set config\.evaluate\.data"):
+        task.load("coco-val2014", "", 10, False)
+    asked.evaluate = config.Evaluate(num_images=1, batch_size=8)
+    with pytest.raises(ValueError, match="one image has no distribution"):
+        run.run(asked, sharding.make_mesh())
+    asked.evaluate = config.Evaluate(batch_size=9)
+    with pytest.raises(ValueError, match="multiple of the 8 devices"):
+        run.run(asked, sharding.make_mesh())
+    assert not (tmp_path / "run").exists()
+
+
+_TASK = task.Task([""] * 300, None, None, 0, None, "")
+
+
+def _of(kind, features, reference, texts=None, **settings):
+    metric = Metric("name", kind, "embedded", "none", 64, 2.0)
+    settings = {"references": "", "num_resamples": 50} | settings
+    network = networks.Network(lambda _, x: x, None, lambda _: texts, "", None)
+    mesh = sharding.make_mesh()
+    found = scores.of_metric(metric, features, reference, network, _TASK, mesh, **settings)
+    return {name: figures["name"] for name, figures in found.items()}
+
+
+def test_figures_of_features_that_are_known():
+    x = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    shift = np.array([0.5, 0, 0, 0], np.float32)
+    found = _of("fid", {"same": x, "shifted": x + shift}, x)
+    assert found["same"]["value"] == pytest.approx(0, abs=1e-9)
+    assert found["shifted"]["value"] == pytest.approx(2 * 0.25, rel=1e-6)
+    assert found["shifted"]["low"] < 0.5 < found["shifted"]["high"]
+    assert _of("cmmd", {"same": x}, x)["same"]["value"] == pytest.approx(0, abs=1e-9)
+    assert _of("kid", {"shifted": x + shift}, x)["shifted"]["value"] > 0
+    cosine = _of("clip_score", {"own": x, "other": x[::-1]}, None, x)
+    assert cosine["own"]["value"] == pytest.approx(2, rel=1e-6)
+    assert cosine["other"]["value"] == pytest.approx(2 * np.sum(x * x[::-1]) / 300, rel=1e-5)
+
+
+def test_a_distance_without_reference_pictures_is_refused():
+    x = np.eye(4, dtype=np.float32)
+    with pytest.raises(ValueError, match="needs reference pictures"):
+        _of("kid", {"dense": x}, None)
+
+
+def test_distances_to_the_dense_model_are_image_by_image(tmp_path):
+    dense, other = tmp_path / "dense", tmp_path / "other"
+    _render(dense, 0.0)
+    _render(other, 0.25)
+    found = scores.to_dense(other, dense, 5, num_resamples=0)
+    assert found["latent_mse_to_dense"]["value"] == pytest.approx(0.25**2, rel=1e-5)
+    assert found["psnr_to_dense"]["num"] == 5
+    assert scores.to_dense(dense, dense, 5, 0)["psnr_to_dense"]["value"] > 100
