@@ -14,7 +14,9 @@ from sdprune_jax.models import unet
 # Site name -> which of its units stay. Sites left out are kept whole.
 Architecture = Mapping[str, Bool[np.ndarray, " _units"]]
 
-SCOPES = ("linear", "linear+conv")
+SCOPES = ("linear", "linear+conv", "obsdiff", "all")
+# Linear layers outside attention and feed-forward: of a transformer's ends and of the timestep.
+_NOT_OBSDIFF = ("proj_in", "proj_out", "time_emb_proj", "linear_1", "linear_2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +117,16 @@ def slice_params(
 def prunable(shapes: Mapping[str, Any], component: str, scope: str) -> list[str]:
     """Paths of the kernels that post-training pruning sets zeros in.
 
-    Scope `linear` is what Ramesh and Zhao prune: every linear layer of the UNet, its time embedding
-    included, and those inside the layers of the text encoder (216 and 138 in Stable Diffusion 2).
-    `linear+conv` adds the convolutions (64 in the UNet) but for `conv_in` and `conv_out`: all that
-    enters or leaves goes through them, and they hold 4 of 100,000 weights. Biases, norms and
-    embeddings are never pruned.
+    Scopes, with their numbers of layers in the UNet of Stable Diffusion 2:
+
+    - `linear`, what Ramesh and Zhao prune: the 216 linear layers, those of the timestep included.
+      In the text encoder it is the 138 inside its layers, and so is every other scope.
+    - `linear+conv`: also the 64 convolutions but for `conv_in` and `conv_out`; all that enters or
+      leaves goes through these two, and they hold 4 of 100,000 weights.
+    - `obsdiff`, what OBS-Diff prunes: the 160 linear layers of attention and feed-forward.
+    - `all`: every linear layer and all 66 convolutions.
+
+    Biases, norms and embeddings are never pruned.
 
     Args:
         shapes: nested parameters or `jax.ShapeDtypeStruct`s.
@@ -127,22 +134,27 @@ def prunable(shapes: Mapping[str, Any], component: str, scope: str) -> list[str]
         scope: one of `SCOPES`.
 
     Raises:
-        ValueError: if the scope is unknown.
+        ValueError: if the scope is unknown, or holds no layer.
 
-    Source: Ramesh and Zhao 2024 (https://arxiv.org/abs/2411.15113) and their code.
+    Source: Ramesh and Zhao 2024 (https://arxiv.org/abs/2411.15113) and their code; OBS-Diff
+        (https://arxiv.org/abs/2510.06751).
     """
     if scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}, expected one of {SCOPES}")
     part = "text_model.encoder.layers." if component == "text_encoder" else ""
-    num_axes = (2,) if scope == "linear" else (2, 4)
-    return [
+    num_axes = (2,) if scope in ("linear", "obsdiff") else (2, 4)
+    excluded = {"obsdiff": _NOT_OBSDIFF, "all": ()}.get(scope, ("conv_in", "conv_out"))
+    paths = [
         path
         for path, leaf in convert.flatten(shapes).items()
         if path.startswith(part)
         and path.endswith(".kernel")
         and len(leaf.shape) in num_axes
-        and path.split(".")[-2] not in ("conv_in", "conv_out")
+        and path.split(".")[-2] not in excluded
     ]
+    if not paths:
+        raise ValueError(f"no layer of the {component} is in scope {scope!r}: choose another")
+    return paths
 
 
 def _blocks(config: unet.UNetConfig) -> Iterator[tuple[str, int, bool]]:

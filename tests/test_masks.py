@@ -5,38 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pruning_golden import W, digits
 
-from sdprune_jax.pruning import allocate, masks, scores
+from sdprune_jax.pruning import masks, scores
 
-W = np.array(
-    [
-        [0.9, -0.1, 0.4, -0.7, 0.2, 0.05, -0.6, 0.3],
-        [-0.3, 0.8, -0.2, 0.15, -0.5, 0.25, 0.1, -0.45],
-        [0.35, -0.55, 0.12, 0.65, -0.08, 0.75, -0.22, 0.02],
-    ],
-    np.float32,
-)  # [outputs, inputs]; 0.3 is tied at the boundary of one half
 W_REMOVED = ["01001101", "00110110", "00101011"]  # by hand: the tie goes to the lower index
-
-LINEAR_SIZES = {  # size: how many, of SD2.1's prunable linear layers
-    "unet": {
-        102400: 40,
-        327680: 10,
-        409600: 51,
-        655360: 10,
-        819200: 10,
-        1310720: 12,
-        1638400: 66,
-        3276800: 5,
-        6553600: 6,
-        13107200: 6,
-    },
-    "text_encoder": {1048576: 92, 4194304: 46},
-}
-
-
-def _digits(keep):
-    return ["".join("01"[int(not kept)] for kept in row) for row in np.asarray(keep)]
 
 
 def _stable_lowest(tensor, k):
@@ -100,39 +73,33 @@ def test_sparsity_that_looks_like_a_percentage_gets_a_hint():
         masks.num_removed(10, 35.0)
 
 
-def test_sd21_layers_lose_the_published_number_of_weights():
-    zeros, floored = {}, {}
-    for component, sparsity in [("unet", 0.35), ("text_encoder", 0.475)]:
-        sizes = {
-            f"{size}.{i}": size
-            for size, count in LINEAR_SIZES[component].items()
-            for i in range(count)
-        }
-        zeros[component] = sum(allocate.uniform(sizes, sparsity).values())
-        floored[component] = sum(allocate.each_floored(sizes, sparsity).values())
-    assert zeros == {"unet": 105_426_944, "text_encoder": 137_468_313}
-    assert floored == {"unet": 105_426_944, "text_encoder": 137_468_240}  # 73 roundings
-    total = 340_387_840 + 865_910_724  # parameters of the text encoder and the UNet
-    nominal = (0.475 * 340_387_840 + 0.35 * 865_910_724) / total
-    np.testing.assert_allclose(nominal, 0.38527193, atol=5e-9)
-    np.testing.assert_allclose(sum(zeros.values()) / total, 0.20135584, atol=1e-7)
-
-
 def test_half_of_the_golden_matrix_is_removed_with_the_tie_by_index():
     keep = masks.lowest(scores.magnitude(jnp.asarray(W)), 12)
-    assert _digits(keep) == W_REMOVED
+    assert digits(keep) == W_REMOVED
 
 
 def test_the_published_threshold_rule_removes_the_tie_too():
     score = scores.magnitude(W)
-    keep = masks.without_ties(score, np.asarray(masks.lowest(jnp.asarray(score), 12)))
-    assert np.count_nonzero(~keep) == 13
-    np.testing.assert_array_equal(keep, np.abs(W) > np.sort(np.abs(W), axis=None)[11])
+    ordered = np.sort(np.abs(W), axis=None)
+    for k in (11, 12):  # of Ramesh and Zhao; of Wanda's repository
+        keep = masks.without_ties(score, np.asarray(masks.lowest(jnp.asarray(score), k + 1)))
+        assert np.count_nonzero(~keep) == 13
+        np.testing.assert_array_equal(keep, np.abs(W) > ordered[k])
 
 
-def test_rows_selected_one_by_one_agree_with_the_golden_matrix():
-    keep = [masks.lowest(scores.magnitude(jnp.asarray(row)), 4) for row in W]
-    assert _digits(keep) == W_REMOVED
+def test_each_output_of_the_golden_matrix_loses_half():
+    assert digits(masks.lowest_per_output(jnp.abs(W), 4)) == W_REMOVED
+
+
+@pytest.mark.parametrize("spec", [("fsdp",), (None, "fsdp"), ("data", "fsdp"), ()])
+@pytest.mark.parametrize("shape", [(16, 24), (8, 8, 3, 3)])
+def test_each_output_loses_its_lowest_whatever_the_sharding(shape, spec):
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    tensor = np.round(np.random.default_rng(0).standard_normal(shape) * 8).astype(np.float32)
+    sharded = jax.device_put(tensor, NamedSharding(mesh, PartitionSpec(*spec)))
+    for k in (0, 7, tensor[0].size - 1):
+        expected = np.stack([_stable_lowest(row, k) for row in tensor])
+        np.testing.assert_array_equal(masks.lowest_per_output(sharded, k), expected)
 
 
 def test_the_published_threshold_rule_removes_nothing_at_zero():
@@ -210,20 +177,36 @@ def test_tensors_over_several_batches_are_all_selected(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
-def test_pruned_tensors_keep_every_other_bit_and_hold_positive_zeros(dtype):
+@pytest.mark.parametrize("stored", ["as it is", "transposed"])
+def test_zeroed_tensors_keep_every_other_bit_and_hold_positive_zeros(dtype, stored):
     tensor = _awkward_tensors(dtype)["matrix"]
-    pruned = {"a": tensor.copy()}
-    masks.prune_tensors(pruned, {"a": 1000})
-    expected = np.where(_stable_lowest(tensor, 1000), tensor, np.zeros_like(tensor))
-    assert pruned["a"].tobytes() == expected.tobytes()
+    if stored == "transposed":
+        tensor = tensor.copy(order="F")
+    zeroed, keep = tensor.copy(order="K"), _stable_lowest(tensor, 1000)
+    masks.zero(zeroed, keep)
+    expected = np.where(keep, tensor, np.zeros_like(tensor))
+    assert zeroed.tobytes() == expected.tobytes()
+
+
+def test_a_sparsity_of_zero_or_below_one_weight_leaves_every_bit():
+    tensors = _awkward_tensors(np.float32)
+    zeroed = {name: t.copy() for name, t in tensors.items()}
+    for sparsity in (0.0, 1e-6):  # the floor is zero, and zero weights are not all weights
+        num_removed = {name: masks.num_removed(t.size, sparsity) for name, t in tensors.items()}
+        for name, keep in masks.lowest_of_each(zeroed, num_removed):
+            masks.zero(zeroed[name], keep)
+            assert zeroed[name].tobytes() == tensors[name].tobytes()
+        assert np.all(masks.lowest_per_output(jnp.asarray(abs(W)), 0))
 
 
 def test_pruning_what_is_pruned_already_changes_nothing():
     tensors = {"a": _awkward_tensors(np.float32)["matrix"]}
-    masks.prune_tensors(tensors, {"a": 1500})
-    before = tensors["a"].copy()
-    for k in (1500, 700):  # a lower number revives nothing
-        masks.prune_tensors(tensors, {"a": k})
+    before = None
+    for k in (1500, 1500, 700):  # a lower number revives nothing
+        ((_, keep),) = masks.lowest_of_each(tensors, {"a": k})
+        masks.zero(tensors["a"], keep)
+        assert np.count_nonzero(tensors["a"] == 0) == 1500
+        before = tensors["a"].copy() if before is None else before
         np.testing.assert_array_equal(tensors["a"], before)
 
 
@@ -233,19 +216,17 @@ def test_everything_wrong_with_a_request_is_said_at_once():
         list(masks.lowest_of_each(tensors, {"a": 4, "b": 1, "c": 1}))
 
 
-def test_read_only_tensors_are_refused():
-    tensors = {"a": np.ones(4, np.float32), "b": np.ones(4, np.float32)}
-    tensors["b"].flags.writeable = False
-    with pytest.raises(ValueError, match="read-only, copy them first: b"):
-        masks.prune_tensors(tensors, {"a": 1, "b": 1})
-    np.testing.assert_array_equal(tensors["a"], 1)
+def test_a_read_only_tensor_is_refused():
+    tensor = np.ones(4, np.float32)
+    tensor.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        masks.zero(tensor, np.zeros(4, bool))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_zeros_survive_a_cast_and_no_others_appear_in_the_kept(dtype):
-    kernel = jnp.asarray(W)
-    keep = masks.lowest(scores.magnitude(kernel), 12)
-    stored = masks.apply(masks.apply(kernel, keep).astype(dtype), keep)
-    assert stored.dtype == dtype
+    kernel, keep = W.copy(), np.asarray(masks.lowest(scores.magnitude(jnp.asarray(W)), 12))
+    masks.zero(kernel, keep)
+    stored = kernel.astype(dtype)
     np.testing.assert_array_equal(stored != 0, keep)
-    assert not np.any(np.signbit(np.asarray(stored.astype(jnp.float32))[~np.asarray(keep)]))
+    assert not np.any(np.signbit(stored.astype(np.float32)[~keep]))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sdprune_jax import convert, sites
-from sdprune_jax.models import clip, unet, vae
+from sdprune_jax.models import unet
 
 CONFIG = unet.UNetConfig(
     block_out_channels=(16, 32),
@@ -221,27 +221,3 @@ def test_impossible_architectures_are_refused_with_all_problems(params):
     lines = str(error.value).splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(architecture)[:4]
     assert "4 units, got 32" in lines[2]
-
-
-def test_linear_scope_is_that_of_ramesh_and_zhao():
-    shapes = {
-        "text_encoder": clip.text_param_shapes(clip.TextConfig()),
-        "unet": unet.param_shapes(unet.UNetConfig()),
-        "vae": vae.param_shapes(vae.VAEConfig()),
-    }
-    counts = {
-        ("text_encoder", "linear"): (138, 289_406_976),
-        ("text_encoder", "linear+conv"): (138, 289_406_976),
-        ("unet", "linear"): (216, 301_219_840),
-        ("unet", "linear+conv"): (280, 301_219_840 + 564_247_040 - 2 * 4 * 9 * 320),
-        ("vae", "linear"): (8, 2_097_152),
-    }
-    for (component, scope), expected in counts.items():
-        paths = sites.prunable(shapes[component], component, scope)
-        flat = convert.flatten(shapes[component])
-        assert (len(paths), sum(math.prod(flat[path].shape) for path in paths)) == expected
-    assert "time_embedding.linear_1.kernel" in sites.prunable(shapes["unet"], "unet", "linear")
-    with_head = shapes["text_encoder"] | {"text_projection": {"kernel": np.zeros((2, 2))}}
-    assert len(sites.prunable(with_head, "text_encoder", "linear")) == 138
-    with pytest.raises(ValueError, match="expected one of"):
-        sites.prunable(shapes["unet"], "unet", "conv")

@@ -116,7 +116,7 @@ def _prune_component(
         score = np.asarray(scores.magnitude(w))
         kept = keep if exact else masks.without_ties(score, keep)
         threshold = float(score[~kept].max(initial=0))
-        np.copyto(w, 0, where=~kept)
+        masks.zero(w, kept)
         zeros = w.size - int(np.count_nonzero(w))
         rows.append(
             {
