@@ -9,6 +9,9 @@ from typing import Any
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLERS = ("pndm", "ddim", "dpm++")
 STAGES = ("pretrain", "prune", "generate", "evaluate", "report")  # in order
+TIMESTEP_WEIGHTS = (
+    "uniform", "linear_increasing", "linear_decreasing", "log_increasing", "log_decreasing",
+)  # fmt: skip
 PROTOCOLS = ("embedded", "sd2prune-paper", "aptp-cc3m", "aptp-coco", "bksdm")
 
 
@@ -101,11 +104,39 @@ class Pretrain:
 
 @dataclasses.dataclass
 class PruneComponent:
-    """Layer-wise magnitude pruning of one component."""
+    """Post-training pruning of one component."""
 
     sparsity: float = _in(0.5, 0.0, 0.999999)  # fraction of the prunable weights removed
-    scope: str = _of("linear", "linear", "linear+conv")
+    scope: str = _of("linear", "linear", "linear+conv", "obsdiff", "all")
+    # sparsegpt is OBS-Diff where calls of the UNet are weighted, as `calibration` does by default.
+    method: str = _of("magnitude", "random", "magnitude", "wanda", "sparsegpt")
+    # What scores are compared with; none is as the method's paper does. normalised: the whole
+    # component, every layer in units of its norm.
+    group: str | None = _of(None, None, "layer", "output", "component", "normalised")
+    # n:m removes n of every m inputs.
+    pattern: str = _of("unstructured", "unstructured", "1:2", "1:4", "2:4", "4:8")
+    allocation: str = _of("uniform", "uniform", "owl")  # of sparsity to layers
+    owl_multiple: float = _in(5.0, 1.0, 1e6)  # of the mean score, above which one is an outlier
+    owl_lambda: float = _in(0.08, 0.0, 0.49)  # half the range of the layers' sparsities
     threshold: str = _of("exact", "exact", "rz")  # rz: Ramesh & Zhao's; overshoots on ties
+    damping: float = _in(0.01, 1e-6, 1.0)  # of the Gram matrix, a fraction of its mean diagonal
+
+
+@dataclasses.dataclass
+class Calibration:
+    """What wanda and sparsegpt see of a model's inputs. The defaults are OBS-Diff's."""
+
+    prompts: str = "embedded"  # `embedded`: captions of the embedded data; or a text file
+    num_prompts: int = _in(100, 1, 10**7)
+    batch_size: int = _in(4, 1, 2**16)  # prompts over all devices
+    num_steps: int = _in(25, 1, 1000)  # of the model's own sampler
+    guidance_scale: float = _in(7.0, 0.0, 100.0)
+    timestep_weights: str = _of("log_decreasing", *TIMESTEP_WEIGHTS)
+    position_fraction: float = _in(0.125, 1e-6, 1.0)  # of an image, for Gram matrices of convs
+    mask_pads: bool = True  # Ramesh & Zhao count the padding of texts too
+    # Of statistics at once. What needs more is done in parts, each on the model that those before
+    # it left; layers are then compared within a part.
+    max_gigabytes: float = _in(8.0, 1e-3, 1e6)
 
 
 @dataclasses.dataclass
@@ -114,6 +145,7 @@ class Prune:
 
     text_encoder: PruneComponent | None = None
     unet: PruneComponent | None = None
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
     save_dtype: str = _of("float32", *DTYPES)  # of what is written
 
 
@@ -199,6 +231,10 @@ def resize(run: Run, size: str | None) -> Run:
         run.pretrain.unet.captions_per_image = 1
     else:
         run.model = "embedded"
+    if run.prune:
+        run.prune.calibration = dataclasses.replace(
+            run.prune.calibration, prompts="embedded", num_prompts=8, batch_size=8, num_steps=2
+        )
     if run.generate:
         run.generate = dataclasses.replace(
             run.generate, prompts="embedded", num_prompts=2, batch_size=2, num_steps=2,

@@ -95,17 +95,7 @@ def _prompts(
 ) -> tuple[list[str], np.ndarray | None, np.ndarray | None]:
     """The prompts and, for embedded captions, the concept and style of each."""
     if section.prompts != "embedded":
-        path = pathlib.Path(section.prompts)
-        if not path.is_file():
-            raise ValueError(
-                f"config.generate.prompts is {section.prompts!r}, which is no file: give a text"
-                " file with one prompt a line, or `embedded`"
-            )
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        prompts = [line.strip() for line in lines if line.strip()][: section.num_prompts]
-        if not prompts:
-            raise ValueError(f"{path} has no prompt: write one a line")
-        return prompts, None, None
+        return captions.read(section.prompts, section.num_prompts), None, None
     return captions.drawn(section.split, section.num_prompts, seed)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -25,6 +26,83 @@ def test_macs_of_stable_diffusion_2():
     assert sum(macs.of_decoder(vae.VAEConfig(), (64, 64))) == 1_257_259_466_752
     # 23 layers on 77 tokens of 1024: 12 matrices of 1024 x 1024, and two products in attention.
     assert sum(macs.of_text(clip.TextConfig())) == 23 * (77 * 12 * 1024**2 + 2 * 77**2 * 1024)
+
+
+# APTP's counter on Stable Diffusion 2.1: sub-blocks of its architecture vector -> MACs that its
+# width gates remove (for a transformer: self-attention, cross-attention, feed-forward) | the rest
+# of the block; at a 32 x 32 latent with 77 tokens, then at 96 x 96 with 1.
+PAPER = """
+0 1: 1889157440 | 655360 : 16999137600 | 5898240
+2 3 35 36 37: 1095762240 936509760 1258294080 | 211354240
+ : 58557727040 56670945600 11324623680 | 1902183040
+4: 1417052800 | 52756480 : 12746916480 | 474808320
+5: 1888912000 | 327680 : 16993649280 | 2949120
+6 7 29 30 31: 503972480 395182720 1258296960 | 210535680
+ : 10622730880 8736604800 11324626560 | 1894810880
+8: 1417544960 | 52592640 : 12744787200 | 473333760
+9: 1889404160 | 163840 : 16991520000 | 1474560
+10 11 23 24 25: 429999360 422135040 1258302720 | 210127360
+ : 4630856960 2746041600 11324632320 | 1891125760
+12 13 14 15: 473580800 | 40960 : 4249109760 | 368640
+16: 105519360 254941440 314584320 | 52533760 : 997218560 527980800 2831166720 | 472783360
+17 18 19: 709510400 | 52531200 : 6372476160 | 472780800
+20 21: 2833122560 | 210124800 : 25484985600 | 1891123200
+22: 2361263360 | 157614080 : 21238252800 | 1418526720
+26: 3776348800 | 315719680 : 33980580480 | 2841477120
+27: 2832630400 | 210534400 : 25487114880 | 1894809600
+28: 2360771200 | 157941760 : 21240382080 | 1421475840
+32: 3776594240 | 316866560 : 33986068800 | 2851799040
+33 34: 2832875840 | 211353600 : 25492603200 | 1902182400
+"""
+
+
+def test_paper_counter_gives_the_numbers_of_aptp():
+    dense = unet.UNetConfig()
+    for size, tokens, removable, total in (
+        (32, 77, 81_165_672_960, 94_062_888_576),
+        (64, 77, 411_269_368_320, 462_851_677_824),
+        (96, 77, 1_270_071_288_320, 1_386_128_754_304),
+        (96, 1, 1_268_128_801_280, 1_384_186_267_264),
+    ):
+        found = macs.by_site(dense, (size, size), tokens, "paper")
+        assert (found.removable, found.total) == (removable, total)
+
+
+def test_paper_counter_splits_every_block_as_aptp():
+    rows = {}
+    for line in PAPER.replace("\n :", " :").strip().splitlines():
+        blocks, *costs = line.split(":")
+        rows |= {int(block): [[int(n) for n in re.findall(r"\d+", c)] for c in costs]
+                 for block in blocks.split()}  # fmt: skip
+    dense = unet.UNetConfig()
+    width = [site.name for site in sites.table(dense) if site.kind != "depth"]
+    blocks = list(dict.fromkeys(name.partition(".transformer_blocks")[0] for name in width))
+    assert len(rows) == len(blocks) == 38
+    for column, (size, tokens) in enumerate(((32, 77), (96, 1))):
+        found = macs.by_site(dense, (size, size), tokens, "paper")
+        fixed = found.always
+        for i, block in enumerate(blocks):
+            *prunable, rest = rows[i][column]
+            inside = [name for name in width if f"{name}.".startswith(f"{block}.")]
+            assert [found.sites[name] for name in inside] == prunable, block
+            assert found.sites.get(f"{block}.depth", rest) == rest, block
+            fixed -= 0 if f"{block}.depth" in found.sites else rest
+        # Everything outside of the blocks: time embedding, resampling, first and last layers.
+        assert fixed == (9_262_716_416, 83_347_101_184)[column]
+
+
+def test_sites_and_the_rest_add_up_to_the_exact_count():
+    found = macs.by_site(TINY, (4, 6), 5)
+    assert found.total == sum(macs.of_unet(TINY, (4, 6), 5))
+    assert list(found.sites) == [site.name for site in sites.table(TINY)]
+    closed = {site.name: 1 for site in sites.table(TINY)} | dict.fromkeys(
+        [name for name in found.sites if name.endswith(".depth")], 0
+    )
+    smallest = dataclasses.replace(TINY, kept_units=tuple(closed.items()))
+    left = macs.by_site(smallest, (4, 6), 5)
+    assert left.always == found.always
+    with pytest.raises(ValueError, match="expected one of"):
+        macs.by_site(TINY, (4, 6), 5, "published")
 
 
 def test_units_of_sites_save_what_slicing_saves():

@@ -1,15 +1,11 @@
 """Every model against PyTorch: all parameters random, biases and norms too; odd sizes too."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.insert(0, "/tmp")
-import convert_stub as convert
-
+from sdprune_jax import convert
 from sdprune_jax.models import clip, unet, vae
 
 torch = pytest.importorskip("torch")

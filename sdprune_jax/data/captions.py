@@ -1,5 +1,7 @@
 """Captions of the embedded dataset: one canonical form, and variations of it for training."""
 
+import pathlib
+
 import numpy as np
 from jaxtyping import Int32
 
@@ -49,6 +51,30 @@ def drawn(
         for c, s in zip(concept, style, strict=True)
     ]
     return texts, concept, style
+
+
+def read(path: str, count: int) -> list[str]:
+    """The first prompts of a text file, one a line.
+
+    Raises:
+        ValueError: if there is no such file, or no prompt in it.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"prompts are {path!r}, which is no file: give a text file with one prompt a line, or"
+            " `embedded`"
+        )
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    found = [line.strip() for line in lines if line.strip()][:count]
+    if not found:
+        raise ValueError(f"{file} has no prompt: write one a line")
+    return found
+
+
+def prompts(source: str, split: str, count: int, seed: int) -> list[str]:
+    """Texts of a file or, for `embedded`, drawn captions of a split."""
+    return drawn(split, count, seed)[0] if source == "embedded" else read(source, count)
 
 
 def _fill(template: str, name: str, style: str | None) -> str:

@@ -11,6 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from sdprune_jax.models.layers import ACTIVATIONS, layer_norm
 
+# Of red, green and blue, over the images that OpenAI trained on.
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
@@ -265,6 +269,12 @@ class CLIP(nn.Module):
     ) -> tuple[Float[Array, "b d"], Float[Array, "b d"], Float[Array, ""]]:
         """Embeddings of texts and of images, and the factor of their dot products."""
         return self.embed_text(ids), self.embed_images(images, kept), jnp.exp(self.logit_scale)
+
+
+def preprocess(images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """Images in [0, 255] to the input of the towers that OpenAI, LAION and their kin published."""
+    mean, std = jnp.asarray(_MEAN), jnp.asarray(_STD)
+    return (images / 255 - mean[None, None, None]) / std[None, None, None]
 
 
 def end_of_text(ids: Int[Array, "b n"], config: TextConfig) -> Int[Array, " b"]:

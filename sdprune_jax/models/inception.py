@@ -74,7 +74,7 @@ class BasicConv2d(nn.Module):
         precision, strides = jax.lax.Precision.HIGHEST, (self.stride, self.stride)
         x = nn.Conv(
             self.features, self.kernel, strides, self.padding, use_bias=False,
-            precision=precision, name="conv",
+            precision=precision, kernel_init=nn.initializers.zeros, name="conv",
         )(x)  # fmt: skip
         return nn.relu(StoredBatchNorm(name="bn")(x))
 

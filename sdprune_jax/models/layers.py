@@ -12,6 +12,13 @@ from jaxtyping import Array, Float, Int, Num
 # Site name -> [b, units]: 1 keeps a unit, 0 removes it, values between scale it.
 Gates = Mapping[str, Float[Array, "b units"]]
 
+# Where the width gates multiply. "post_norm": what a site hands on, so that a gate of 0 equals its
+# removal and one between scales it. "pre_norm": what enters it, as in the released code of APTP:
+# a ResNet's channels before its second norm (which undoes any gate above 0.02, and lets its bias
+# through one of 0), queries, keys and values (so that logits have the square of the gate), and both
+# halves of GEGLU.
+GATE_POSITIONS = ("post_norm", "pre_norm")
+
 _FEW_POSITIONS = 16  # below it, XLA:CPU's convolution is up to 10 times slower than a product
 
 
@@ -154,6 +161,7 @@ class Attention(nn.Module):
         qkv_bias: whether `to_q`, `to_k` and `to_v` have biases.
         upcast: compute the logits and the softmax from float32 queries and keys.
         dtype: dtype of the computation; parameters are float32.
+        gate_position: one of `GATE_POSITIONS`.
     """
 
     features: int
@@ -162,6 +170,7 @@ class Attention(nn.Module):
     qkv_bias: bool = False
     upcast: bool = False
     dtype: Any = jnp.float32
+    gate_position: str = "post_norm"
 
     @nn.compact
     def __call__(
@@ -172,15 +181,17 @@ class Attention(nn.Module):
     ) -> Float[Array, "b n c_out"]:
         context = x if context is None else context
         inner = self.heads * self.head_dim
+        before, after = (None, gate) if self.gate_position == "post_norm" else (gate, None)
 
         def project(name: str, y: Array) -> Array:
             y = nn.Dense(inner, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(y)
+            y = gated(y, before)
             y = y.reshape(*y.shape[:2], self.heads, self.head_dim)
             return y.astype(jnp.float32) if self.upcast else y
 
         q, k, v = project("to_q", x), project("to_k", context), project("to_v", context)
         out = jax.nn.dot_product_attention(q, k, v).reshape(*x.shape[:2], inner)
-        out = gated(out.astype(self.dtype), gate)
+        out = gated(out.astype(self.dtype), after)
         return nn.Dense(self.features, dtype=self.dtype, name="to_out.0")(out)
 
 
@@ -194,6 +205,7 @@ class ResnetBlock(nn.Module):
         hidden_groups: groups of the second norm, which are the units of the site.
         epsilon: of both norms.
         dtype: dtype of the computation; parameters are float32.
+        gate_position: one of `GATE_POSITIONS`.
     """
 
     out_channels: int
@@ -202,6 +214,7 @@ class ResnetBlock(nn.Module):
     hidden_groups: int
     epsilon: float
     dtype: Any = jnp.float32
+    gate_position: str = "post_norm"
 
     @nn.compact
     def __call__(
@@ -215,8 +228,10 @@ class ResnetBlock(nn.Module):
         if temb is not None:
             project = nn.Dense(self.hidden_channels, dtype=self.dtype, name="time_emb_proj")
             h += project(nn.silu(temb))[:, None, None]
+        before, after = (None, gate) if self.gate_position == "post_norm" else (gate, None)
+        h = gated(h, before)
         h = nn.silu(GroupNorm(self.hidden_groups, self.epsilon, self.dtype, name="norm2")(h))
-        h = gated(h, gate)  # after the norm, so that a gate of 0 equals removal
+        h = gated(h, after)
         h = conv(self.out_channels, 3, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.out_channels:
             x = conv(self.out_channels, 1, dtype=self.dtype, name="conv_shortcut")(x)

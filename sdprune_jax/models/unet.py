@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sdprune_jax.models.layers import (
+    GATE_POSITIONS,
     Attention,
     Gates,
     GroupNorm,
@@ -159,6 +160,7 @@ class FeedForward(nn.Module):
     features: int
     neurons: int
     dtype: Any
+    gate_position: str
 
     @nn.compact
     def __call__(
@@ -166,6 +168,8 @@ class FeedForward(nn.Module):
     ) -> Float[Array, "b n c"]:
         both = nn.Dense(2 * self.neurons, dtype=self.dtype, name="net.0.proj")(x)
         value, scale = jnp.split(both, 2, axis=-1)
+        if self.gate_position == "pre_norm":
+            value, scale, gate = gated(value, gate), gated(scale, gate), None
         h = gated(value * gelu(scale), gate)
         return nn.Dense(self.features, dtype=self.dtype, name="net.2")(h)
 
@@ -177,6 +181,7 @@ class TransformerBlock(nn.Module):
     features: int
     heads: int
     dtype: Any
+    gate_position: str
 
     @nn.compact
     def __call__(
@@ -189,8 +194,9 @@ class TransformerBlock(nn.Module):
             head_dim = self.features // self.heads
             upcast = self.config.upcast_attention
             return Attention(
-                self.features, heads, head_dim, upcast=upcast, dtype=self.dtype, name=name
-            )
+                self.features, heads, head_dim, False, upcast, self.dtype, self.gate_position,
+                name=name,
+            )  # fmt: skip
 
         def norm(name: str, x: Array) -> Array:
             return layer_norm(1e-5, self.dtype, name)(x)
@@ -199,7 +205,7 @@ class TransformerBlock(nn.Module):
         neurons = units * 4 * self.features // FF_UNITS
         x += attention("attn1")(norm("norm1", x), None, gates.get(f"{path}.attn1"))
         x += attention("attn2")(norm("norm2", x), text, gates.get(f"{path}.attn2"))
-        ff = FeedForward(self.features, neurons, self.dtype, name="ff")
+        ff = FeedForward(self.features, neurons, self.dtype, self.gate_position, name="ff")
         return x + ff(norm("norm3", x), gates.get(f"{path}.ff"))
 
 
@@ -210,6 +216,7 @@ class Transformer(nn.Module):
     features: int
     heads: int
     dtype: Any
+    gate_position: str
 
     @nn.compact
     def __call__(
@@ -222,8 +229,9 @@ class Transformer(nn.Module):
         h = h.reshape(x.shape[0], -1, self.features)
         h = nn.Dense(self.features, dtype=self.dtype, name="proj_in")(h)
         block = TransformerBlock(
-            self.config, self.features, self.heads, self.dtype, name="transformer_blocks.0"
-        )
+            self.config, self.features, self.heads, self.dtype, self.gate_position,
+            name="transformer_blocks.0",
+        )  # fmt: skip
         h = block(h, text, gates)
         h = nn.Dense(self.features, dtype=self.dtype, name="proj_out")(h).reshape(x.shape)
         return depth_gated(x, x + h, gates.get(site))
@@ -240,6 +248,7 @@ class Resnet(nn.Module):
     features: int
     identity_channels: int
     dtype: Any
+    gate_position: str
 
     @nn.compact
     def __call__(
@@ -257,6 +266,7 @@ class Resnet(nn.Module):
             hidden_groups=units,
             epsilon=config.norm_eps,
             dtype=self.dtype,
+            gate_position=self.gate_position,
         )
         nn.share_scope(self, block)  # its parameters are named as if they were this module's
         h = block(x, temb, gates.get(path))
@@ -276,6 +286,7 @@ class Stage(nn.Module):
     num_resnets: int
     dtype: Any
     remat: bool
+    gate_position: str
 
     def layers(self, index: int, identity_channels: int) -> tuple[nn.Module, nn.Module | None]:
         features = self.config.block_out_channels[self.level]
@@ -283,12 +294,15 @@ class Stage(nn.Module):
         resnet_cls = nn.remat(Resnet) if self.remat else Resnet
         transformer_cls = nn.remat(Transformer) if self.remat else Transformer
         resnet = resnet_cls(
-            self.config, features, identity_channels, self.dtype, name=f"resnets.{index}"
-        )
+            self.config, features, identity_channels, self.dtype, self.gate_position,
+            name=f"resnets.{index}",
+        )  # fmt: skip
         if not self.has_attention:
             return resnet, None
-        name = f"attentions.{index}"
-        return resnet, transformer_cls(self.config, features, heads, self.dtype, name=name)
+        return resnet, transformer_cls(
+            self.config, features, heads, self.dtype, self.gate_position,
+            name=f"attentions.{index}",
+        )  # fmt: skip
 
 
 class DownBlock(Stage):
@@ -352,11 +366,13 @@ class UNet(nn.Module):
         dtype: dtype of the computation; parameters are float32, and so are norms' statistics,
             softmax and the output.
         remat: recompute ResNets and transformers in the backward pass, to save memory.
+        gate_position: one of `layers.GATE_POSITIONS`.
     """
 
     config: UNetConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    gate_position: str = "post_norm"
 
     @nn.compact
     def __call__(
@@ -365,7 +381,8 @@ class UNet(nn.Module):
         timestep: Int[Array, " b"],
         text: Float[Array, "b n d"],
         gates: Gates | None = None,
-    ) -> Float[Array, "b h w c_out"]:
+        return_blocks: bool = False,
+    ) -> Float[Array, "b h w c_out"] | tuple[Float[Array, "b h w c_out"], list[Array]]:
         """Runs the UNet.
 
         Args:
@@ -373,7 +390,11 @@ class UNet(nn.Module):
             timestep: 0 to 999.
             text: last hidden states of the text encoder.
             gates: multipliers of the units of some sites; sites left out are open.
+            return_blocks: also return the output of every down block (resampled), of the middle
+                and of every up block (resampled), which distillation compares. They keep their
+                shapes when sites are sliced.
         """
+        assert self.gate_position in GATE_POSITIONS, self.gate_position
         config, dtype, gates = self.config, self.dtype, gates or {}
         channels, levels = config.block_out_channels, len(config.block_out_channels)
         text = text.astype(dtype)
@@ -383,28 +404,32 @@ class UNet(nn.Module):
         temb = nn.Dense(4 * channels[0], dtype=dtype, name="time_embedding.linear_2")(nn.silu(temb))
 
         x = conv(channels[0], 3, dtype=dtype, name="conv_in")(latents.astype(dtype))
-        skips = [x]
+        skips, blocks = [x], []
         for i, kind in enumerate(config.down_block_types):
             block = DownBlock(
                 config, i, "CrossAttn" in kind, config.layers_per_block, dtype, self.remat,
-                downsample=i < levels - 1, name=f"down_blocks.{i}",
+                self.gate_position, downsample=i < levels - 1, name=f"down_blocks.{i}",
             )  # fmt: skip
             x, more = block(x, temb, text, gates)
             skips += more
-        x = MidBlock(config, levels - 1, True, 2, dtype, self.remat, name="mid_block")(
-            x, temb, text, gates
+            blocks.append(x)
+        middle = MidBlock(
+            config, levels - 1, True, 2, dtype, self.remat, self.gate_position, name="mid_block"
         )
+        x = middle(x, temb, text, gates)
+        blocks.append(x)
         for i, kind in enumerate(config.up_block_types):
             block = UpBlock(
                 config, levels - 1 - i, "CrossAttn" in kind, config.layers_per_block + 1, dtype,
-                self.remat, upsample=i < levels - 1, name=f"up_blocks.{i}",
+                self.remat, self.gate_position, upsample=i < levels - 1, name=f"up_blocks.{i}",
             )  # fmt: skip
             x = block(x, skips, temb, text, gates)
+            blocks.append(x)
         x = nn.silu(
             GroupNorm(config.norm_num_groups, config.norm_eps, dtype, name="conv_norm_out")(x)
         )
-        x = conv(config.out_channels, 3, dtype=dtype, name="conv_out")(x)
-        return x.astype(jnp.float32)
+        x = conv(config.out_channels, 3, dtype=dtype, name="conv_out")(x).astype(jnp.float32)
+        return (x, blocks) if return_blocks else x
 
 
 def param_shapes(config: UNetConfig) -> Any:

@@ -1,0 +1,203 @@
+"""What the router and the experts are trained for; every loss is a scalar of a global batch.
+
+Source: APTP, ICLR 2025 (https://arxiv.org/abs/2406.12042) and its authors' code, which alone has
+`highest`, `spread`, and the split of distillation into outputs and blocks.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sdprune_jax import diffusion, macs
+from sdprune_jax.aptp import gates as gating
+from sdprune_jax.aptp import router
+from sdprune_jax.aptp.layout import Layout
+
+RESOURCE_KINDS = ("log", "absolute", "squared")
+SNR_WEIGHTS = ("published", "min_snr")
+
+# Published weights of the router's losses.
+WEIGHTS: Mapping[str, float] = {
+    "denoising": 1.0,
+    "output": 0.2,
+    "block": 0.2,
+    "resource": 2.0,
+    "contrastive": 100.0,
+    "highest": 0.1,
+    "spread": 0.1,
+}
+
+
+def weighted_sum(
+    parts: Mapping[str, Float[Array, ""]], weights: Mapping[str, float]
+) -> Float[Array, ""]:
+    """Sums losses by the weights of their names; a loss without a weight is an error."""
+    return sum((weights[name] * loss for name, loss in parts.items()), start=jnp.zeros(()))
+
+
+def denoising(
+    prediction: Float[Array, "b h w c"],
+    target: Float[Array, "b h w c"],
+    alpha_cumprod: Float[Array, " b"],
+    prediction_type: str,
+    gamma: float | None = 5.0,
+    snr_weight: str = "published",
+) -> Float[Array, ""]:
+    """Squared error, weighed by the signal-to-noise ratio of each example.
+
+    Args:
+        prediction: of the UNet.
+        target: of `diffusion.training_target`.
+        alpha_cumprod: of each example.
+        prediction_type: "epsilon" or "v_prediction".
+        gamma: the largest ratio that counts; None weighs all examples the same.
+        snr_weight: for velocities alone. "published" is `min(snr + 1, gamma) / (snr + 1)`, which is
+            1 for all but the least noise; "min_snr" is `min(snr, gamma) / (snr + 1)`, as derived.
+    """
+    assert snr_weight in SNR_WEIGHTS, snr_weight
+    error = jnp.mean((prediction - target) ** 2, axis=(1, 2, 3))
+    if gamma is None:
+        return error.mean()
+    snr = alpha_cumprod / (1 - alpha_cumprod)
+    if prediction_type == "v_prediction" and snr_weight == "published":
+        snr, prediction_type = snr + 1, "epsilon"
+    return jnp.mean(diffusion.min_snr_weight(snr, gamma, prediction_type) * error)
+
+
+def output_distillation(
+    student: Float[Array, "b h w c"], teacher: Float[Array, "b h w c"]
+) -> Float[Array, ""]:
+    """Squared error to the prediction of the ungated UNet."""
+    return jnp.mean((student - jax.lax.stop_gradient(teacher)).astype(jnp.float32) ** 2)
+
+
+def block_distillation(
+    student: Sequence[Float[Array, "b ..."]], teacher: Sequence[Float[Array, "b ..."]]
+) -> Float[Array, ""]:
+    """Mean over the blocks (`return_blocks` of the UNet) of their squared errors."""
+    errors = [output_distillation(s, t) for s, t in zip(student, teacher, strict=True)]
+    return jnp.stack(errors).mean()
+
+
+def site_shares(costs: macs.SiteMacs, layout: Layout) -> Float[np.ndarray, " sites"]:
+    """Of every site, width then depth, the share of the MACs that gates can remove; sums to 1."""
+    return (
+        np.array([costs.sites[name] for name in (*layout.width, *layout.depth)]) / costs.removable
+    )
+
+
+def removable_budget(costs: macs.SiteMacs, macs_budget: float) -> float:
+    """The share of the removable MACs to keep, so that `macs_budget` of all MACs is kept.
+
+    Raises:
+        ValueError: if the budget is over 1, or below what always runs.
+    """
+    kept = 1 - (1 - macs_budget) * costs.total / costs.removable
+    always = costs.always / costs.total
+    if not 0 < kept <= 1:
+        raise ValueError(
+            f"macs_budget is the share of all MACs to keep, got {macs_budget}: expected at most 1, "
+            f"and more than {always:.4f}, what runs whatever the gates are"
+        )
+    return kept
+
+
+def total_share(kept: Float[Array, " b"], costs: macs.SiteMacs) -> Float[Array, " b"]:
+    """The share of all MACs that is kept with `kept` of the removable ones."""
+    return 1 - (1 - kept) * (costs.removable / costs.total)
+
+
+def kept_macs(
+    gates: Float[Array, "b d"], layout: Layout, shares: Float[np.ndarray, " sites"]
+) -> Float[Array, " b"]:
+    """The share of the removable MACs that is kept if the gates are hard, by example.
+
+    It has the gradient of the soft gates, straight through.
+
+    Args:
+        gates: soft or hard.
+        layout: of the vectors.
+        shares: of `site_shares`, of either counter and any latent size.
+    """
+    opened = gating.hard(gates)
+    width, depth = opened[:, : layout.num_width], opened[:, layout.num_width :]
+    open_share = gating.sum_by_site(width, layout) / np.array(layout.units, gates.dtype)[None]
+    depth_of = np.array(layout.depth_of)
+    in_block = jnp.where(depth_of[None] >= 0, depth[:, np.maximum(depth_of, 0)], 1)
+    parts = jnp.concatenate([open_share * in_block, depth], axis=1)
+    return jnp.sum(parts * shares.astype(gates.dtype)[None], axis=1)
+
+
+def resource(kept: Float[Array, " b"], budget: float, kind: str = "log") -> Float[Array, ""]:
+    """Distance of the batch's mean from the budget, both shares of the removable MACs.
+
+    Args:
+        kept: of `kept_macs`.
+        budget: of `removable_budget`.
+        kind: one of `RESOURCE_KINDS`; "log" is published.
+    """
+    assert kind in RESOURCE_KINDS, kind
+    mean = kept.mean()
+    if kind == "log":
+        return jnp.abs(jnp.log(mean) - math.log(budget))
+    return jnp.abs(mean - budget) if kind == "absolute" else (mean - budget) ** 2
+
+
+def highest(kept: Float[Array, " b"]) -> Float[Array, ""]:
+    """How far the most costly architecture of the batch is from the whole UNet."""
+    return 1 - kept.max()
+
+
+def spread(kept: Float[Array, " b"]) -> Float[Array, ""]:
+    """Minus the standard deviation of the costs in the batch; no gradient where all are equal."""
+    assert kept.size > 1, "the standard deviation of one example is undefined"
+    variance = jnp.var(kept, ddof=1)
+    is_spread = variance > 1e-12
+    return -jnp.where(is_spread, jnp.sqrt(jnp.where(is_spread, variance, 1.0)), 0.0)
+
+
+def contrastive(
+    features: Float[Array, "b d"],
+    embeddings: Float[Array, "b n"],
+    temperature: float = 0.03,
+    embedding_temperature: float = 0.03,
+    scale: float = 1.0,
+) -> Float[Array, ""]:
+    """Makes the architectures of a batch as alike as its prompts are.
+
+    Binary cross-entropy between rows of softmaxed cosine similarities, over all pairs, each prompt
+    with itself included.
+
+    Args:
+        features: `router.features` of the prompts' own gates.
+        embeddings: of the prompts.
+        temperature: of the architectures.
+        embedding_temperature: of the prompts.
+        scale: of the loss. The published training averages, over its n devices, gradients that each
+            cover the device's own rows: it trains on 1 / n of this loss.
+    """
+    cosine = lambda x: jnp.matmul(router.unit(x), router.unit(x).T, precision="highest")
+    wanted = jax.nn.softmax(cosine(jax.lax.stop_gradient(embeddings)) / embedding_temperature)
+    log_found = jax.nn.log_softmax(cosine(features) / temperature)
+    # log(1 - p) and its gradient need a p below 1; both logs end at -100 as in PyTorch.
+    found = jnp.minimum(jnp.exp(log_found), 1 - jnp.finfo(log_found.dtype).epsneg)
+    entropy = wanted * jnp.maximum(log_found, -100) + (1 - wanted) * jnp.log1p(-found)
+    return -scale * entropy.mean()
+
+
+def code_pull(
+    prompt_features: Float[Array, "b d"],
+    code_features: Float[Array, "k d"],
+    assignment: Int[Array, " b"],
+) -> Float[Array, ""]:
+    """Moves codes toward the prompts assigned to them; the published method has no such loss.
+
+    Returns:
+        Mean over the prompts of 1 minus the cosine; only codes get its gradient.
+    """
+    prompts = router.unit(jax.lax.stop_gradient(prompt_features))
+    return 1 - jnp.mean(jnp.sum(prompts * router.unit(code_features)[assignment], axis=1))
