@@ -176,7 +176,8 @@ class Evaluate:
     data: str = ""  # directory that tools/prepare_data.py wrote
     # Statistics of the reference pictures, .npz with mu and sigma; empty: computed from `data`.
     references: str = ""
-    num_resamples: int = _in(200, 0, 10**5)  # of the bootstrap; 0: no intervals
+    # Of the bootstrap; 0: no intervals. One of an FID takes a minute.
+    num_resamples: int = _in(200, 0, 10**5)
 
 
 @dataclasses.dataclass

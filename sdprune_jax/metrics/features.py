@@ -121,7 +121,7 @@ def _stream(
             }
 
         def fetch(first: int, features: Float[Array, "batch d"]) -> Float[np.ndarray, "b d"]:
-            got = _to_host(features)[: num_images - first]
+            got = sharding.to_host(features)[: num_images - first]
             _check_finite(got, first)
             bar.update(len(got))
             return got
@@ -174,12 +174,6 @@ def _place(chunks: dict[jax.Device, Future], placed: NamedSharding, batch: int) 
     parts = [jax.device_put(chunk.result(), device) for device, chunk in chunks.items()]
     shape = (batch, *parts[0].shape[1:])
     return jax.make_array_from_single_device_arrays(shape, placed, parts)
-
-
-def _to_host(x: Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _check_finite(features: Float[np.ndarray, "b d"], first: int) -> None:

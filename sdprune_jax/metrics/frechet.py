@@ -30,7 +30,6 @@ class Gaussian(NamedTuple):
 
     mean: Float[np.ndarray, " d"]
     covariance: Float[np.ndarray, "d d"]
-    rank: int  # the covariance has at most this one: fewer images than features leave it singular
 
 
 def moments(batches: Iterable[Float[np.ndarray, "_ d"]]) -> Moments:
@@ -85,7 +84,7 @@ def gaussian(found: Moments) -> Gaussian:
             " distances from as many",
             found.num, singular if found.num <= size else "", _MANY,
         )  # fmt: skip
-    return Gaussian(found.mean, found.scatter / (found.num - 1), min(found.num - 1, size))
+    return Gaussian(found.mean, found.scatter / (found.num - 1))
 
 
 def read_gaussian(path: str | os.PathLike[str], num_features: int) -> Gaussian:
@@ -123,7 +122,7 @@ def read_gaussian(path: str | os.PathLike[str], num_features: int) -> Gaussian:
     if problems:
         raise ValueError(f"{path} holds no statistics of features: " + "; ".join(problems))
     mean, covariance = (found[name].astype(np.float64) for name in ("mu", "sigma"))
-    return Gaussian(mean, (covariance + covariance.T) / 2, num_features)
+    return Gaussian(mean, (covariance + covariance.T) / 2)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -151,7 +150,6 @@ def factor(fitted: Gaussian) -> Float[np.ndarray, "r d"]:
     values, vectors = np.linalg.eigh(fitted.covariance)
     noise = max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
     kept = values > noise
-    kept[: len(values) - fitted.rank] = False
     return np.sqrt(values[kept])[:, None] * vectors[:, kept].T
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -155,10 +154,8 @@ def _against_all(
         jax.make_array_from_callback(array.shape, placed, lambda index, array=array: array[index])
         for array, placed in ((rows, split), (rows, whole), (columns, whole))
     )
-    summed = _sum_tiles(mesh)(*arguments)
-    if not summed.is_fully_addressable:
-        summed = multihost_utils.process_allgather(summed, tiled=True)
-    return np.asarray(summed)[: len(z)].astype(np.float64)
+    summed = sharding.to_host(_sum_tiles(mesh)(*arguments))
+    return summed[: len(z)].astype(np.float64)
 
 
 @functools.lru_cache(maxsize=8)
