@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int64, UInt8
 
-from sdprune_jax.data import sources
+from sdprune_jax.data import images, sources
 
 SPLIT = "rows"  # the only split that tensorflow-datasets sees: those of COCO come one at a time
 VERSION = tfds.core.Version("1.0.0")
@@ -211,7 +211,7 @@ def image(dataset: Captioned, i: int) -> UInt8[np.ndarray, "h w 3"]:
     record = dataset.stored[int(dataset.records[i])]
     if "image" not in record:
         raise ValueError("the dataset has no pictures: prepare it with them")
-    return sources.decode(record["image"])
+    return images.decode(record["image"], _row(record).file_name)
 
 
 def _config(split: str, has_images: bool) -> str:

@@ -4,6 +4,7 @@ A rule is part of a protocol: the same images under two rules have two FIDs.
 """
 
 import functools
+import io
 import os
 import pathlib
 import struct
@@ -30,28 +31,39 @@ _DAMAGED = (
 
 
 def load(path: str | os.PathLike[str]) -> Image:
-    """Reads an image as RGB: turned upright as its EXIF says, transparency over white.
-
-    Of an animation it is the first frame. Colour profiles are ignored, as in the papers.
+    """Reads the image in a file, as `decode`.
 
     Raises:
-        ValueError: naming the file, if it is no image, damaged, cut short, of more pixels than
-            Pillow decodes (179 million), or of a mode without a known range.
+        ValueError: naming the file, if there is none, or as `decode`.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is no file, expected an image")
+    return decode(path.read_bytes(), str(path))
+
+
+def decode(contents: bytes, name: str) -> Image:
+    """Reads an image as RGB: turned upright as its EXIF says, transparency over white.
+
+    Of an animation it is the first frame. Colour profiles are ignored, as in the papers.
+
+    Args:
+        contents: of a file in any format of Pillow.
+        name: for errors.
+
+    Raises:
+        ValueError: naming the image, if it is none, damaged, cut short, of more pixels than Pillow
+            decodes (179 million), or of a mode without a known range.
+    """
     try:
-        with PIL.Image.open(path) as image:
+        with PIL.Image.open(io.BytesIO(contents)) as image:
             image.load()
             return _rgb(PIL.ImageOps.exif_transpose(image))
     except PIL.UnidentifiedImageError as error:
-        with path.open("rb") as file:
-            start = file.read(32)
-        what = f"its {path.stat().st_size} bytes start with {start!r}" if start else "it is empty"
-        raise ValueError(f"{path} is no image: {what}") from error
+        start = f"its {len(contents)} bytes start with {contents[:32]!r}"
+        raise ValueError(f"{name} is no image: {start if contents else 'it is empty'}") from error
     except _DAMAGED as error:
-        raise ValueError(f"{path} is no image that can be read: {error}") from error
+        raise ValueError(f"{name} is no image that can be read: {error}") from error
 
 
 def clean(image: Image, size: int) -> Resized:
@@ -151,7 +163,7 @@ def _resized_by(weights: _Weights, image: Image, size: int) -> Resized:
     return np.moveaxis(planes, 0, -1).clip(0, 255)
 
 
-# Positions are float32 because they are in PyTorch and in TensorFlow.
+# Positions are rounded to float32 because PyTorch and TensorFlow round them.
 
 
 @functools.lru_cache(32)

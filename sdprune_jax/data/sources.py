@@ -4,14 +4,10 @@ What cannot be used is skipped and counted by reason. Only its share decides whe
 """
 
 import pathlib
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
-from jaxtyping import UInt8
 
 from sdprune_jax.data import images
 
@@ -147,18 +143,10 @@ def picture(read: Read, name: str) -> tuple[bytes, str | None]:
     except (ValueError, IsADirectoryError):
         return b"", "picture cannot be read"
     try:
-        decode(contents)
+        images.decode(contents, "picture")
     except ValueError:
         return b"", "picture cannot be decoded"
     return contents, None
-
-
-def decode(contents: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture in a file's bytes, as RGB. Raises: ValueError: as `images.load`."""
-    with tempfile.TemporaryDirectory() as folder:  # `images` reads files
-        path = pathlib.Path(folder, "picture")
-        path.write_bytes(contents)
-        return images.load(path)
 
 
 def _open_zip(path: pathlib.Path) -> zipfile.ZipFile:

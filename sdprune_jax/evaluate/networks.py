@@ -11,12 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from sdprune_jax import checkpoint, tensors
-from sdprune_jax.data import cache, tokenizer
+from sdprune_jax.data import tokenizer
 from sdprune_jax.metrics import embedded, features
 from sdprune_jax.models import clip, inception
-
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's training images
-_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 class Network(NamedTuple):
@@ -86,10 +83,10 @@ def _embed_small(
 
 
 def _embed_clip(model: clip.CLIP, params: Any, images: Array) -> Float[Array, "b d"]:
-    scaled = (images.astype(jnp.float32) / 255 - _MEAN) / _STD
+    scaled = clip.preprocess(images.astype(jnp.float32))
     return model.apply({"params": params}, scaled, method="embed_images")  # pyrefly: ignore
 
 
 def _embed_inception(params: Any, images: Array) -> Float[Array, "b d"]:
-    scaled = (images.astype(jnp.float32) / 255 - 0.5) / 0.5  # as pytorch-fid
+    scaled = inception.NORMALISE["pytorch_fid"](images.astype(jnp.float32))  # as all protocols do
     return inception.InceptionV3().apply({"params": params}, scaled)  # pyrefly: ignore

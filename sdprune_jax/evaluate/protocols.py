@@ -118,7 +118,7 @@ PROTOCOLS = {
             "bksdm", 30_000, "pndm", 25, 7.5, 512,
             256, ("pil_bicubic", "pil_bicubic"), None,
             (
-                Metric("fid", "fid", "inception", "legacy_tf", 299),
+                Metric("fid", "fid", "inception", "legacy_pytorch", 299),
                 Metric("clip_score", "clip_score", "clip-vit-g-14", "clip", 224),
             ),
             "reference statistics: real_im256.npz of the authors; CLIP ViT-g/14",
