@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from sdprune_jax import checkpoint, config, pipeline, sharding
+from sdprune_jax.data import tokenizer
 from sdprune_jax.evaluate import images, networks, run, scores, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Metric
+from sdprune_jax.metrics import clip_score
 
 _SETTINGS = {
     "size": (16, 16), "seed": 3, "guidance_scale": 2.0, "negative_prompt": "", "batch_size": 2,
@@ -143,3 +145,38 @@ def test_distances_to_the_dense_model_are_image_by_image(tmp_path):
     assert found["latent_mse_to_dense"]["value"] == pytest.approx(0.25**2, rel=1e-5)
     assert found["psnr_to_dense"]["num"] == 5
     assert scores.to_dense(dense, dense, 5, 0)["psnr_to_dense"]["value"] > 100
+
+
+def test_clip_score_is_that_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    dense = checkpoint.open_model(checkpoint.directory_of("embedded"))
+    words = tokenizer.load(dense.directory / "tokenizer")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    text = {"vocab_size": len(words), "eos_token_id": words.eos_token_id}
+    torch.manual_seed(0)
+    reference = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=sizes | text | {"num_hidden_layers": 2, "max_position_embeddings": 77},
+            vision_config=sizes | {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8},
+            projection_dim=16,
+        )
+    ).eval()
+    reference.save_pretrained(tmp_path / "clip-tiny")
+    network = networks.load("clip-tiny", str(tmp_path), dense)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 40, 3)).astype(np.uint8)
+    prompts = ["a flat emoji of red apple", "cat", "a blue house, with a long red roof"]
+
+    resized = np.stack([run._resized(image, "clip", 32) for image in pixels])
+    embedded_images = np.asarray(network.embed(network.params, jnp.asarray(resized)))
+    got = clip_score.cosines(embedded_images, network.embed_texts(prompts))
+
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    inputs = processor(images=[Image.fromarray(x) for x in pixels], return_tensors="pt")
+    ids = torch.from_numpy(tokenizer.encode(words, prompts, 77).astype(np.int64))
+    with torch.no_grad():
+        out = reference(input_ids=ids, pixel_values=inputs["pixel_values"])
+    want = (out.image_embeds * out.text_embeds).sum(dim=1).numpy()
+    np.testing.assert_allclose(got, want, atol=2e-5)
