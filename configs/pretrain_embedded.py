@@ -18,8 +18,9 @@ def get_config(size: str | None = None) -> config.Run:
         ema_decay=0.99, log_every=50, save_every=250,
     )  # fmt: skip
     pretrain.unet.training = config.Training(
-        num_steps=2300, batch_size=32, learning_rate=1.5e-3, warmup_steps=200, ema_decay=0.999,
-        log_every=50, save_every=300,
+        num_steps=2000, batch_size=64, learning_rate=1.2e-3, warmup_steps=150, ema_decay=0.998,
+        log_every=50, save_every=200,
     )  # fmt: skip
-    run = config.Run(workdir="runs/pretrain_embedded", pretrain=pretrain)
+    mesh = config.Mesh(cpu_devices=2)
+    run = config.Run(workdir="runs/pretrain_embedded", mesh=mesh, pretrain=pretrain)
     return config.resize(run, size)

@@ -100,6 +100,9 @@ def _problems(node: Any, path: str) -> list[str]:
             found.append(f"{key} is {value!r}, expected {_spelled(field)}")
         elif dataclasses.is_dataclass(value):
             found += _problems(value, key)
+        elif _is_row(value) and dataclasses.is_dataclass(value[0]):
+            for i, part in enumerate(value):
+                found += _problems(part, f"{key}[{i}]")
         elif "legal" in field.metadata and value not in field.metadata["legal"]:
             names = [str(x) for x in field.metadata["legal"] if x is not None]
             near = difflib.get_close_matches(str(value), names, n=1)
@@ -120,6 +123,12 @@ def _clashes(run: config.Run) -> list[str]:
     found = []
     if run.prune and not (run.prune.text_encoder or run.prune.unet):
         found.append("config.prune has no component; set config.prune.unet or .text_encoder")
+    for i, point in enumerate(run.sweep.points if run.sweep else ()):
+        if not (point.text_encoder or point.unet):
+            found.append(
+                f"config.sweep.points[{i}] prunes no component; leave it out: dense is measured"
+                " without being asked for"
+            )
     if not run.pretrain:
         return found
     clip, vae, unet = run.pretrain.clip, run.pretrain.vae, run.pretrain.unet
@@ -148,7 +157,8 @@ def _fits(value: Any, annotation: Any) -> bool:
     if annotation is types.NoneType:
         return value is None
     if typing.get_origin(annotation) is tuple:
-        return _is_row(value) and len(value) > 0 and all(type(x) is int for x in value)
+        of = typing.get_args(annotation)[0]
+        return _is_row(value) and len(value) > 0 and all(type(x) is of for x in value)
     if annotation is float:
         return type(value) in (int, float)
     return type(value) is annotation
@@ -169,5 +179,7 @@ def _spelled(field: dataclasses.Field) -> str:
     if "low" in field.metadata:
         limits = f" from {field.metadata['low']} to {field.metadata['high']}"
     if typing.get_origin(plain) is tuple:
-        return f"one or more int{limits}, as in (8, 16){none}"
+        of = typing.get_args(plain)[0]
+        example = ", as in (8, 16)" if of is int else ""
+        return f"one or more {of.__name__}{limits}{example}{none}"
     return f"{plain.__name__}{limits}{none}"

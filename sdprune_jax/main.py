@@ -23,6 +23,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 def main(command: command_line.Command) -> None:
     run = command.run
+    if run.mesh.cpu_devices > 1:
+        jax.config.update("jax_num_cpu_devices", run.mesh.cpu_devices)
     _cache_compilations()
     keep_freed_memory()
     if command.dry_run:
@@ -53,6 +55,22 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
         from sdprune_jax.pruning import run as prune
 
         paths.append(prune.run(run, mesh))
+    if run.router:
+        from sdprune_jax.aptp import train_router
+
+        paths.append(train_router.run(run, mesh))
+    if run.assign:
+        from sdprune_jax.aptp import experts
+
+        paths.append(experts.assign(run, mesh))
+    if run.materialise:
+        from sdprune_jax.aptp import experts
+
+        paths.append(experts.materialise(run, mesh))
+    if run.finetune:
+        from sdprune_jax.aptp import finetune
+
+        paths.append(finetune.run(run, mesh))
     if run.generate:
         from sdprune_jax import generate
 
@@ -61,6 +79,10 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
         from sdprune_jax.evaluate import run as evaluate
 
         paths.append(evaluate.run(run, mesh))
+    if run.sweep:
+        from sdprune_jax.sweep import run as sweep
+
+        paths.append(sweep.run(run, mesh))
     if run.report:
         from sdprune_jax.report import run as report
 

@@ -13,6 +13,7 @@ from sdprune_jax import checkpoint, config, convert, macs, samplers, sharding, s
 from sdprune_jax.evaluate.protocols import PROTOCOLS
 from sdprune_jax.models import clip
 from sdprune_jax.pruning import allocate
+from sdprune_jax.sweep import points
 
 Row = Sequence[str]
 
@@ -20,7 +21,9 @@ _SCOPES = ("linear", "linear+conv")  # whose sizes the card shows
 
 
 def card(run: config.Run, num_devices: int) -> str:
-    """Parameters, arithmetic, sparsity, memory and steps of a run, in at most 40 lines.
+    """Parameters, arithmetic, sparsity, memory and steps of a run.
+
+    At most 40 lines, and one more for every point of a sweep.
 
     Args:
         run: a config that `checks.check` accepts. Of its model the configs are read, no weights.
@@ -59,6 +62,8 @@ def card(run: config.Run, num_devices: int) -> str:
             f"evaluate: {protocol.name}, {count:,} images of {models}, {protocol.num_steps} steps,"
             f" guidance {protocol.guidance_scale:g}: {', '.join(m.name for m in protocol.metrics)}"
         )
+    if run.sweep:
+        parts += _sweep(shapes, run.sweep)
     return "\n\n".join(parts)
 
 
@@ -127,6 +132,33 @@ def _sparsities(found: Any, pipeline: int) -> list[str]:
     requested, zeros, prunable, component = found
     shares = (zeros / prunable, zeros / component, zeros / pipeline)
     return [f"{requested / component:.2%}", f"{int(zeros):,}", *(f"{x:.2%}" for x in shares)]
+
+
+def _sweep(shapes: dict[str, Any], section: config.Sweep) -> list[str]:
+    """Every point with the sparsity that papers state and the one that there is."""
+    rows: list[Row] = [("sweep", *points.COMPONENTS, "nominal", "true", "zeros")]
+    for i, point in enumerate(section.points):
+        parts = points.sections(point)
+        words = [
+            f"{parts[name].sparsity:g} {points.method(parts[name])}" if name in parts else "dense"
+            for name in points.COMPONENTS
+        ]
+        found = points.expected(point, shapes)
+        sizes = (f"{found.nominal:.2%}", f"{found.true:.2%}", f"{found.zeros:,}")
+        rows.append((str(i + 1), *words, *sizes))
+    protocol = PROTOCOLS[section.measure.protocol]
+    count = section.measure.num_images or protocol.num_images
+    steps = section.num_steps or protocol.num_steps
+    cliffs = len(list(points.series(section.points))) if section.cliff else 0
+    total = count * section.num_seeds * (len(section.points) + 1)
+    return [
+        _aligned(rows),
+        "shares are of the text encoder and the UNet together: nominal as asked of all their"
+        " parameters, true those that are zero\n"
+        f"{protocol.name}: {len(section.points)} points and dense, {count:,} images,"
+        f" {section.num_seeds} seeds, {steps} steps: {total:,} images in all"
+        + (f", and those that bisect {cliffs} cliffs by 2 figures" if cliffs else ""),
+    ]
 
 
 def _trainings(section: config.Pretrain, shapes: dict[str, Any], mesh: Mesh) -> list[Row]:

@@ -17,6 +17,7 @@ LAYERS = (
     "metrics pipeline train",
     "aptp pretrain pruning",
     "evaluate generate",
+    "sweep",
     "plan report",
     "command_line",
     "main",

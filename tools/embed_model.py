@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sdprune_jax import checkpoint, pipeline, sharding
-from sdprune_jax.data import captions, tokenizer
+from sdprune_jax.data import captions, emoji, tokenizer
 from sdprune_jax.metrics import embedded
 
 GUIDANCE, STEPS, SEED = 3.0, 25, 0
@@ -62,7 +62,7 @@ def _last(log: list[dict[str, float]], key: str) -> float:
 
 
 def _sample(target: pathlib.Path, split: str, count: int) -> dict[str, float]:
-    """Draws a grid of generated images; returns how many find their concept."""
+    """Draws a grid of generated images; returns how many find their concept, and of real ones."""
     model = checkpoint.open_model(target)
     mesh = sharding.make_mesh()
     params = pipeline.load(model, mesh)
@@ -76,7 +76,12 @@ def _sample(target: pathlib.Path, split: str, count: int) -> dict[str, float]:
     got = next(batches).images
     _grid(got, texts).save(target / f"samples_{split}.png", optimize=True)
     scorer = embedded.load_scorer(target / "clip", tokenizer.load(target / "tokenizer"))
+    pairs = emoji.load(split)
+    row_of = {pair: row for row, pair in enumerate(zip(pairs.concept, pairs.style, strict=True))}
+    real = pairs.images[[row_of[pair] for pair in zip(concept, style, strict=True)]]
     found = scorer.recall(np.asarray(pipeline.to_float(got)), concept, style)
+    of_real = scorer.recall(np.asarray(pipeline.to_float(real)), concept, style)
+    found |= {f"real_{name}": hits for name, hits in of_real.items()}
     return {name: float(hits.mean()) for name, hits in found.items()}
 
 
@@ -149,6 +154,7 @@ def _card(
     clip_log, vae_log, unet_log = logs["clip"], logs["vae"], logs["unet"]
     found = "\n".join(
         f"| {split} | {GRIDS[split]} | {values['r_at_1']:.2f} | {values['r_at_10']:.2f} |"
+        f" {values['real_r_at_1']:.2f} | {values['real_r_at_10']:.2f} |"
         for split, values in recalls.items()
     )
     return f"""# The embedded model
@@ -157,8 +163,7 @@ A Stable Diffusion 2 of {sum(v for k, v in counts.items() if k != "clip") / 1e6:
 SD2's architecture with small widths, trained from nothing on 10,178 emoji and their names. It is \
 for studying pruning on a laptop; it knows nothing but emoji of 64x64 pixels on white.
 
-First version: trained on {platform.processor() or platform.machine()}, 2 cores, on \
-{time.strftime("%Y-%m-%d")}. It is undertrained; shapes are often rough.
+Trained on {platform.processor() or platform.machine()}, 2 cores, on {time.strftime("%Y-%m-%d")}.
 
 | training | parameters | steps x batch | epochs | time | samples a second |
 |---|---|---|---|---|---|
@@ -186,8 +191,8 @@ the velocity {_last(unet_log, "train_mse"):.4f} on training images, \
 Generated images (PNDM {STEPS}, guidance {GUIDANCE:g}, seed {SEED}) that this CLIP finds among all \
 1,914 concepts; chance is 0.0005 and 0.005. These scores compare with no other CLIP's.
 
-| captions of | images | R@1 | R@10 |
-|---|---|---|---|
+| captions of | images | R@1 | R@10 | R@1 of the real pictures | R@10 |
+|---|---|---|---|---|---|
 {found}
 
 Training captions:

@@ -63,13 +63,19 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         for name, state in states.items()
     }
     _render(run, mesh, protocol, models, folders, asked.prompts, size)
-    figures, weights = _measure(section, mesh, protocol, models["dense"], folders, asked)
+    loaded = load_networks(section, protocol, models["dense"])
+    figures = measure(section, mesh, protocol, loaded, folders, asked, work / "evaluate" / "cache")
+    for name, folder in folders.items():
+        if name != "dense":
+            figures[name] |= scores.to_dense(
+                folder, folders["dense"], num_images, section.num_resamples
+            )
     values = {
         "made_from": made_from,
         "protocol": dataclasses.asdict(protocol)
         | {"evaluated": len(asked.prompts), "references": asked.num_references}
         | {"height": size[0], "width": size[1], "seed": run.seed, "dtype": run.dtype},
-        "weights": weights,
+        "weights": {name: network.weights for name, network in loaded.items()},
         "models": {
             name: {"directory": str(path), "figures": figures[name]}
             for name, path in directories.items()
@@ -112,46 +118,56 @@ def _render(
         )  # fmt: skip
 
 
-def _measure(
+def load_networks(
+    section: config.Evaluate, protocol: Protocol, dense: checkpoint.Model
+) -> dict[str, networks.Network]:
+    """All that a protocol's metrics need, by name."""
+    names = sorted({metric.network for metric in protocol.metrics})
+    return {name: networks.load(name, section.networks, dense) for name in names}
+
+
+def measure(
     section: config.Evaluate,
     mesh: Mesh,
     protocol: Protocol,
-    dense: checkpoint.Model,
+    loaded: Mapping[str, networks.Network],
     folders: Mapping[str, pathlib.Path],
     asked: task.Task,
-) -> tuple[dict[str, scores.Figures], dict[str, str]]:
-    """The figures of every model, and a hash of the weights of every network."""
+    cached: pathlib.Path,
+) -> dict[str, scores.Figures]:
+    """The figures of every model, of the images in its folder.
+
+    Args:
+        section: where reference statistics are, and the number of resamples.
+        mesh: of `sharding.make_mesh`.
+        protocol: what to measure.
+        loaded: of `load_networks`.
+        folders: of images, by model; features are kept in `cache` beside each.
+        asked: prompts and reference pictures.
+        cached: where the features of the reference pictures are kept.
+    """
     num_images = len(asked.prompts)
-    loaded = {
-        name: networks.load(name, section.networks, dense)
-        for name in sorted({metric.network for metric in protocol.metrics})
-    }
     figures: dict[str, scores.Figures] = {name: {} for name in folders}
     for metric in protocol.metrics:
         network = loaded[metric.network]
-        cached = next(iter(folders.values())).parent / "cache"
-        extract = functools.partial(_features, network, metric, protocol, mesh, cached)
+        extract = functools.partial(_features, network, metric, protocol, mesh)
         wanted = {}
         for name, folder in folders.items():
             read = functools.partial(_generated, folder, None if metric.is_fresh else protocol)
-            wanted[name] = extract(read, num_images, f"{folder.name}:{num_images}")
+            state = f"{folder.name}:{num_images}"
+            wanted[name] = extract(folder.parent / "cache", read, num_images, state)
         reference = None
         has_use = metric.kind in ("fid", "kid", "cmmd") and not section.references
         if has_use and asked.reference:
             read = functools.partial(_real, asked.reference, protocol)
-            reference = extract(read, asked.num_references, f"real:{asked.state}")
+            reference = extract(cached, read, asked.num_references, f"real:{asked.state}")
         found = scores.of_metric(
             metric, wanted, reference, network, asked, mesh,
             references=section.references, num_resamples=section.num_resamples,
         )  # fmt: skip
         for name in folders:
             figures[name] |= found[name]
-    for name, folder in folders.items():
-        if name != "dense":
-            figures[name] |= scores.to_dense(
-                folder, folders["dense"], num_images, section.num_resamples
-            )
-    return figures, {name: network.weights for name, network in loaded.items()}
+    return figures
 
 
 def _size(

@@ -16,7 +16,7 @@ from sdprune_jax.metrics import clip_score, frechet, interval, kernel, paired
 
 _AT_ONCE = 64  # images in memory
 
-Figures = dict[str, dict[str, Any]]  # name -> value, low, high, num
+Figures = dict[str, dict[str, Any]]  # name -> value, low, high, num, chance
 
 
 def of_metric(
@@ -62,7 +62,10 @@ def of_metric(
         assert network.embed_texts is not None
         texts = network.embed_texts(task.prompts)
         return {
-            name: {metric.name: _mean(clip_score.cosines(x, texts) * metric.scale, num_resamples)}
+            name: {
+                metric.name: _mean(clip_score.cosines(x, texts) * metric.scale, num_resamples)
+                | {"chance": clip_score.mismatched(x, texts) * metric.scale}
+            }
             for name, x in features.items()
         }
     assert metric.kind == "recall"

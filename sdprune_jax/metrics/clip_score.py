@@ -32,6 +32,12 @@ def cosines(
     return np.sum(images.astype(np.float64) * texts.astype(np.float64), axis=1)
 
 
+def mismatched(images: Float[np.ndarray, "n d"], texts: Float[np.ndarray, "n d"]) -> float:
+    """The mean cosine of an image with the text of another: what a pair has by chance."""
+    x, y = images.astype(np.float64), texts.astype(np.float64)
+    return float((x.sum(axis=0) @ y.sum(axis=0) - np.sum(x * y)) / (len(x) * (len(x) - 1)))
+
+
 def clip_score(cosines: Float[np.ndarray, " n"], convention: str) -> float:
     """The score of a set of images.
 

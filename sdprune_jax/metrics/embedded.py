@@ -37,6 +37,7 @@ class Scorer:
 
     def __init__(self, config: clip.CLIPConfig, params: Any, words: transformers.CLIPTokenizer):
         self.model, self.params, self._words = clip.CLIP(config), params, words
+        self._candidates: dict[int, np.ndarray] = {}  # captions of all concepts, by style
         self._embed_text = jax.jit(functools.partial(self.model.apply, method="embed_text"))
         self._embed_images = jax.jit(functools.partial(self.model.apply, method="embed_images"))
 
@@ -74,8 +75,11 @@ class Scorer:
         for one in np.unique(style):
             rows = np.flatnonzero(style == one)
             word = emoji.styles()[one].word
-            texts = self.embed_texts([captions.caption(c, word) for c in emoji.concepts()])
-            similarity = embedded[rows] @ texts.T
+            if one not in self._candidates:
+                self._candidates[one] = self.embed_texts(
+                    [captions.caption(c, word) for c in emoji.concepts()]
+                )
+            similarity = embedded[rows] @ self._candidates[one].T
             for k in ks:
                 found[f"r_at_{k}"][rows] = recall_at(k, similarity, concept[rows])
         return found

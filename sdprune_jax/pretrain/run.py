@@ -16,6 +16,7 @@ from sdprune_jax import checkpoint, config, tensors
 from sdprune_jax.data import cache, captions, emoji, tokenizer
 from sdprune_jax.pretrain import autoencoder, contrastive, denoiser
 
+
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """Trains what `run.pretrain` asks for, or resumes it.
 

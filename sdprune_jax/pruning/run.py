@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,9 +64,12 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         flat = {path: np.array(x) for path, x in convert.flatten(loaded).items()}
         del loaded
         seconds["load"] += time.perf_counter() - start
-        calibration = _Calibration(run, mesh, model, name, shapes[name])
+        calibration = Calibration(
+            run.prune.calibration, model, name, mesh, seed=run.seed, variant=run.variant
+        )
+        parts = calibration.parts(flat, layers[name], methods.STATISTIC[section.method])
         start = time.perf_counter()
-        done[name] = _prune_component(flat, layers[name], section, calibration)
+        done[name] = prune_component(flat, layers[name], section, parts, run.seed)
         seconds["select"] += time.perf_counter() - start - calibration.seconds
         seconds["calibrate"] += calibration.seconds
         pruned[name] = convert.unflatten(flat, shapes[name])
@@ -106,23 +109,33 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     return output
 
 
-def _prune_component(
+def prune_component(
     flat: dict[str, np.ndarray],
-    layers: list[str],
+    layers: Sequence[str],
     section: config.PruneComponent,
-    calibration: "_Calibration",
+    parts: Iterable[tuple[Sequence[str], calibrate.Stats]],
+    seed: int,
 ) -> dict[str, Any]:
-    """Prunes arrays of `flat` in place; returns what was done to every layer."""
+    """Prunes a component in memory.
+
+    Args:
+        flat: arrays of the component by path; those of `layers` are changed in place.
+        layers: paths of the kernels in scope.
+        section: what to do.
+        parts: layers that are pruned together and what they read, of `Calibration.parts`; each is
+            taken once those before it are pruned.
+        seed: of random scores.
+
+    Returns:
+        What was done, as in `prune.json`.
+    """
     kernels = {path: flat[path] for path in layers}
     before = record.sample(kernels)
     rows: dict[str, dict[str, Any]] = {}
-    statistic = methods.STATISTIC[section.method]
-    for package in calibration.packages(layers, statistic):
-        stats = calibration.stats(flat, package, statistic) if statistic else {}
-        part = {path: kernels[path] for path in package}
+    for names, stats in parts:
+        part = {path: kernels[path] for path in names}
         removed = methods.removed_of_each(part, section, stats)
-        key = jax.random.key(calibration.seed)
-        for path, found in methods.prune(part, section, removed, stats, key):
+        for path, found in methods.prune(part, section, removed, stats, jax.random.key(seed)):
             kernel = flat[path]
             threshold = record.threshold(kernel, found.keep)
             if found.kernel is not None:
@@ -144,33 +157,57 @@ def _prune_component(
     }
 
 
-class _Calibration:
-    """Runs prompts through a component as it is at the time."""
+class Calibration:
+    """Runs prompts through a component as it is at the time.
+
+    Attributes:
+        seconds: that it has taken so far.
+    """
 
     def __init__(
-        self, run: config.Run, mesh: Mesh, model: checkpoint.Model, component: str, shapes: Any
+        self,
+        section: config.Calibration,
+        model: checkpoint.Model,
+        component: str,
+        mesh: Mesh,
+        *,
+        seed: int,
+        variant: str,
     ):
-        assert run.prune is not None
-        self.seed, self.seconds = run.seed, 0.0
-        self._section, self._run, self._mesh = run.prune.calibration, run, mesh
-        self._model, self._component, self._shapes = model, component, shapes
+        self.seconds = 0.0
+        self._section, self._seed, self._variant = section, seed, variant or None
+        self._model, self._component, self._mesh = model, component, mesh
 
-    def packages(self, layers: list[str], statistic: str | None) -> list[list[str]]:
-        if statistic is None:
-            return [layers]
+    def parts(
+        self, flat: Mapping[str, np.ndarray], layers: list[str], statistic: str | None
+    ) -> Iterator[tuple[list[str], calibrate.Stats]]:
+        """Yields layers whose statistics fit in memory together, and those statistics.
+
+        Args:
+            flat: arrays of the component by path, read anew for every part.
+            layers: paths of the kernels in scope.
+            statistic: None makes one part, without any.
+        """
+        for names in self.packages(layers, statistic) if statistic else [layers]:
+            yield names, self.stats(flat, names, statistic) if statistic else {}
+
+    def packages(self, layers: list[str], statistic: str) -> list[list[str]]:
+        """The layers of each part."""
         configs = {"unet": self._model.unet, "text_encoder": self._model.text_encoder}
         limit = int(self._section.max_gigabytes * 1e9)
         return inputs.packages(configs[self._component], layers, statistic, limit)
 
     def stats(
-        self, flat: Mapping[str, np.ndarray], paths: list[str], statistic: str
+        self, flat: Mapping[str, np.ndarray], paths: Sequence[str], statistic: str
     ) -> calibrate.Stats:
+        """What the layers at `paths` read in the component whose arrays are `flat`."""
         start = time.perf_counter()
         section, model = self._section, self._model
         params = convert.unflatten(
-            {path: jnp.asarray(x, jnp.float32) for path, x in flat.items()}, self._shapes
+            {path: jnp.asarray(x, jnp.float32) for path, x in flat.items()},
+            checkpoint.param_shapes(model, self._component),
         )
-        prompts = captions.prompts(section.prompts, "train", section.num_prompts, self.seed)
+        prompts = captions.prompts(section.prompts, "train", section.num_prompts, self._seed)
         words = tokenizer.load(model.directory / "tokenizer")
         length = model.text_encoder.max_position_embeddings
         ids = tokenizer.encode(words, prompts, length)
@@ -180,8 +217,9 @@ class _Calibration:
                 batch_size=section.batch_size, mask_pads=section.mask_pads,
             )  # fmt: skip
         else:
-            variant = self._run.variant or None
-            text_params = checkpoint.load(model, "text_encoder", dtype=np.float32, variant=variant)
+            text_params = checkpoint.load(
+                model, "text_encoder", dtype=np.float32, variant=self._variant
+            )
             encode = jax.jit(clip.TextTower(model.text_encoder).apply)
             encoded = encode(
                 {"params": text_params}, tokenizer.encode(words, [*prompts, ""], length)
@@ -194,7 +232,7 @@ class _Calibration:
             )  # fmt: skip
             found = calibrate.unet_statistics(
                 model, params, self._mesh, text[:-1], text[-1:], paths, statistic,
-                jax.random.key(self.seed), trajectory,
+                jax.random.key(self._seed), trajectory,
             )  # fmt: skip
         jax.block_until_ready(found)
         self.seconds += time.perf_counter() - start

@@ -174,6 +174,65 @@ def intervals(figures: Mapping[str, Mapping[str, float]], label: str) -> str:
     return _plot("".join(parts), "0 0 100 100", label, ticks, ends, "low")
 
 
+def lines(
+    series: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
+    label: str,
+    *,
+    levels: Mapping[str, float],
+    marks: Mapping[str, float],
+    is_joined: bool = True,
+) -> str:
+    """Returns the mean of each point over a bar of its range, joined by lines, on shared axes.
+
+    Args:
+        series: by name, points in order: x, a fraction, and the values of y that were measured.
+        label: what y is, for those who cannot see it.
+        levels: y of horizontal lines, by what they are.
+        marks: x of a vertical line, by name of the series that it belongs to.
+        is_joined: whether the points of a series follow one another.
+    """
+    ys = [y for points in series.values() for _, values in points for y in values]
+    xs = [x for points in series.values() for x, _ in points] + list(marks.values())
+    low, high = min([*ys, *levels.values()]), max([*ys, *levels.values()])
+    margin = 0.06 * (high - low) or abs(high) or 1.0
+    left, right = math.floor(10 * min(xs) + 1e-9) / 10, math.ceil(10 * max(xs) - 1e-9) / 10
+    right = max(right, left + 0.1)
+    across = lambda x: 100 * (x - left) / (right - left)
+    down = lambda y: 100 * (high + margin - y) / (high - low + 2 * margin)
+    drawn = []
+    for i, (name, points) in enumerate(series.items()):
+        css = f"s{i % 6}"
+        means = [(across(x), down(sum(y) / len(y))) for x, y in points]
+        if name in marks:
+            words = f"{name}: the cliff is at {marks[name]:.1%}"
+            drawn.append(
+                f'<g><title>{text(words)}</title><path class="cliff {css}"'
+                f' d="M{across(marks[name]):.4g} 0V100"/></g>'
+            )
+        if is_joined:
+            path = "L".join(f"{x:.4g} {y:.4g}" for x, y in means)
+            drawn.append(f'<path class="line {css}" d="M{path}"/>')
+        for (x, y), (at, values) in zip(means, points, strict=True):
+            words = f"{name} at {at:.1%}: {sum(values) / len(values):.4g}"
+            if len(values) > 1:
+                words += f", {min(values):.4g} to {max(values):.4g} in {len(values)} seeds"
+            bar = f"M{x:.4g} {down(min(values)):.4g}V{down(max(values)):.4g}"
+            drawn.append(
+                f'<g><title>{text(words)}</title><path class="range {css}" d="{bar}"/>'
+                f'<path class="dot {css}" d="M{x:.4g} {y:.4g}h0"/></g>'
+            )
+    ticks = {down(y): text(f"{word} {y:.3g}") for word, y in levels.items()}
+    for y in (low, high):
+        if all(abs(down(y) - other) > 9 for other in ticks):
+            ticks[down(y)] = f"{y:.3g}"
+    num = round(10 * (right - left))
+    words = "".join(
+        f'<span style="left:{100 * i / num:.4g}%">{left + i / 10:.0%}</span>'
+        for i in range(0, num + 1, num // 10 + 1)
+    )
+    return _plot("".join(drawn), "0 0 100 100", label, ticks, words, "tall")
+
+
 def _bars(heights: Sequence[float], titles: Sequence[str]) -> str:
     """Bars of unit width; heights in [0, 1]."""
     return "".join(

@@ -44,10 +44,34 @@ _EVALUATION = {
     },
     "models": {"*": {"figures": {"*": {"value": _NUMBER, "low?": _NUMBER, "high?": _NUMBER}}}},
 }
+_FIGURES = {"*": {"value": _NUMBER, "low?": _NUMBER, "high?": _NUMBER}}
+_SWEEP = {
+    "agreement": str,
+    "prompts": [str],
+    "protocol": {"name": str, "evaluated": int},
+    "dense": [{"seed": int, "images": str, "figures": _FIGURES, "chance": {"*": _NUMBER}}],
+    "rows": [
+        {
+            "seed": int,
+            "zeros": int,
+            **dict.fromkeys(("nominal", "true"), _NUMBER),
+            "components": {"*": {"method": str, "sparsity": _NUMBER}},
+            "figures": _FIGURES,
+            **dict.fromkeys(("images?", "failed?"), str),
+        }
+    ],
+    "cliffs": [
+        {
+            **dict.fromkeys(("component", "method", "criterion", "why_not?"), str),
+            **dict.fromkeys(("limit", "whole?", "broken?"), _NUMBER),
+        }
+    ],
+}
 _FORMS = {
     "prune.json": _PRUNE,
     "images/generate.json": _IMAGES,
     "evaluate.json": _EVALUATION,
+    "sweep.json": _SWEEP,
     "config.json": {},
 }
 
@@ -58,6 +82,7 @@ class Files(NamedTuple):
     prune: Mapping[str, Any]  # prune.json
     images: Mapping[str, Any]  # images/generate.json
     evaluation: Mapping[str, Any]  # evaluate.json
+    sweep: Mapping[str, Any]  # sweep.json
     settings: Mapping[str, Any]  # config.json
     folder: pathlib.Path  # of the pictures
 
@@ -79,7 +104,7 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
         path = workdir / name
         found.append(tensors.read_json(path) if path.exists() else {})
         problems += _misfits(found[-1], form, path.name) if path.exists() else []
-    prune, images, evaluation, settings = found
+    prune, images, evaluation, sweep, settings = found
     if not problems:  # contents only once the form is sound
         problems += [*_prune_problems(prune), *_images_problems(images), *_score_problems(images)]
     if not problems:
@@ -89,7 +114,7 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
             f"{workdir} cannot be reported; run the stage again that wrote what is wrong:\n  "
             + tensors.listing(problems)
         )
-    return Files(prune, images, evaluation, settings, workdir / "images")
+    return Files(prune, images, evaluation, sweep, settings, workdir / "images")
 
 
 def picture(path: pathlib.Path) -> UInt8[np.ndarray, "h w 3"]:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from sdprune_jax import config
-from sdprune_jax.report import charts, evaluation, pictures, pruning
+from sdprune_jax.report import charts, evaluation, pictures, pruning, sweep
 from sdprune_jax.report import files as inputs
 from sdprune_jax.report.charts import text
 
@@ -26,8 +26,8 @@ _TEMPLATE = pathlib.Path(__file__).with_name("page.html")
 def run(run: config.Run) -> pathlib.Path:
     """Writes `report.html` into the run's directory, by the first process only, and returns it.
 
-    Reads `prune.json`, `images/generate.json` with its pictures, `evaluate.json`, and
-    `config.json`; what is not there is left out.
+    Reads `prune.json`, `images/generate.json` and `sweep.json` with their pictures,
+    `evaluate.json`, and `config.json`; what is not there is left out.
 
     Raises:
         ValueError: naming all that is not as the stages before write it.
@@ -38,7 +38,9 @@ def run(run: config.Run) -> pathlib.Path:
         return path
     files = inputs.read(path.parent, run.report.num_images)
     prune, images = files.prune, files.images
-    sentences = pruning.verdict(prune) if prune else ["Nothing was pruned in this run."]
+    sentences = pruning.verdict(prune) if prune else []
+    sentences += sweep.verdict(files.sweep)
+    sentences = sentences or ["Nothing was pruned in this run."]
     sentences += pictures.verdict(images)
     sentences += evaluation.verdict(files.evaluation)
     parts = [f'<p class="verdict">{sentence}</p>' for sentence in sentences]
@@ -47,6 +49,10 @@ def run(run: config.Run) -> pathlib.Path:
         parts.append(pictures.retrieval(images))
     if files.evaluation:
         parts.append(evaluation.figures(files.evaluation))
+    if files.sweep:
+        parts.append(sweep.curves(files.sweep))
+        parts.append(sweep.strips(files.sweep, path.parent, run.report.num_images))
+        parts.append(sweep.points(files.sweep))
     if prune:
         parts.append(pruning.sparsity(prune))
         parts.append(pruning.layers(prune))

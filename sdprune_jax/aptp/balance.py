@@ -1,0 +1,118 @@
+"""How evenly prompts are shared among experts, what that costs, and how to make both right."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int, Int32
+
+from sdprune_jax.aptp import router
+
+_EPSILONS = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)  # from soft plans to hard ones
+_ITERATIONS = 100
+
+
+def offsets(similarity: Float32[np.ndarray, "rows k"]) -> Float32[np.ndarray, " k"]:
+    """What to add to the similarity of each code so that codes get about equally many prompts.
+
+    Plans of `router.potentials` are balanced as a whole but their largest shares are not, unless
+    they are nearly hard; then, sums take longer to settle. The best of several plans is taken.
+
+    Args:
+        similarity: of many prompts, which stand for those to come.
+
+    Raises:
+        ValueError: if the similarity is not finite.
+    """
+    if not np.isfinite(similarity).all():
+        bad = np.count_nonzero(~np.isfinite(similarity).all(axis=1))
+        raise ValueError(
+            f"the similarities of {bad} prompts are not finite: the router, or an embedding, is"
+            " damaged; train the router again"
+        )
+    k = similarity.shape[1]
+    ideal, found = len(similarity) / k, [np.zeros(k, np.float32)]
+    for epsilon in _EPSILONS:
+        of_codes = router.potentials(jnp.asarray(similarity), epsilon, _ITERATIONS)
+        found.append(np.asarray(epsilon * (of_codes - of_codes.mean()), np.float32))
+    uneven = [
+        np.abs(np.bincount((similarity + o).argmax(axis=1), minlength=k) - ideal).max()
+        for o in found
+    ]
+    return np.round(found[int(np.argmin(uneven))], 6)
+
+
+def fit_budget(
+    keep_at: Callable[[float], Bool[np.ndarray, "k d"]],
+    share_of: Callable[[Bool[np.ndarray, "k d"]], float],
+    budget: float,
+) -> tuple[float, Bool[np.ndarray, "k d"]]:
+    """Shifts all logits until the budget is kept as closely as gates allow, by bisection.
+
+    Args:
+        keep_at: the gates that are open at a shift; more of them the larger it is.
+        share_of: the share of all MACs that these keep.
+        budget: what that should be.
+
+    Returns:
+        The shift, and the gates at it.
+    """
+    low, high = -20.0, 20.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if share_of(keep_at(middle)) > budget:
+            high = middle
+        else:
+            low = middle
+    shift = min((0.0, low, high), key=lambda shift: abs(share_of(keep_at(shift)) - budget))
+    return shift, keep_at(shift)
+
+
+def figures(
+    expert: Int32[np.ndarray, " rows"], kept: Float[np.ndarray, " k"], budget: float
+) -> dict[str, Any]:
+    """Shares of prompts by expert, the experts without any, and the MACs of the average prompt."""
+    counts = np.bincount(expert, minlength=len(kept))
+    share = counts / max(counts.sum(), 1)
+    macs = float(share @ kept)
+    return {
+        "prompts": counts.tolist(),
+        "largest_share": float(share.max()),
+        "smallest_share": float(share.min()),
+        "dead": np.flatnonzero(counts == 0).tolist(),
+        "macs": macs,
+        "macs_over_budget": macs / budget - 1,
+    }
+
+
+def information(
+    expert: Int32[np.ndarray, " rows"], labels: Mapping[str, Int[np.ndarray, " rows"]]
+) -> dict[str, float]:
+    """Mutual information of experts with labels of their prompts, and with shuffled ones, in nats.
+
+    Few prompts share information with any label by chance: the shuffled figure is that.
+    """
+    found = {}
+    for name, label in labels.items():
+        shuffled = np.random.default_rng(0).permutation(label)
+        found[f"information_{name}"] = mutual_information(expert, label)
+        found[f"information_{name}_shuffled"] = mutual_information(expert, shuffled)
+    return found
+
+
+def mutual_information(a: Int[np.ndarray, " rows"], b: Int[np.ndarray, " rows"]) -> float:
+    """Of two labellings of the same rows, in nats."""
+    joint = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(joint, (a, b), 1 / len(a))
+    expected = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    has = joint > 0
+    return float((joint[has] * np.log(joint[has] / expected[has])).sum())
+
+
+def differences(keep: Bool[np.ndarray, "k d"]) -> float:
+    """The share of gates in which two experts differ, over all pairs of experts."""
+    k = len(keep)
+    if k < 2:
+        return 0.0
+    return float((keep[:, None] != keep[None]).mean(axis=2).sum() / (k * (k - 1)))

@@ -1,0 +1,251 @@
+"""What the router and the experts are trained on: prompts, their embeddings, states and latents.
+
+All of it is computed once, on all devices, and kept under a key of what it was made from.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Int32, Key, Shaped
+
+from sdprune_jax import checkpoint, config, diffusion, pipeline, sharding, tensors, train
+from sdprune_jax.data import cache, captions, emoji, tokenizer
+from sdprune_jax.models import clip, sentence, vae
+
+_ROWS_PER_DEVICE = 32  # that a device encodes at once
+
+
+class Prompts(NamedTuple):
+    """The prompts of a split, `num_captions` of every picture after one another.
+
+    Attributes:
+        texts: the prompts.
+        concept: row of `emoji.concepts()`.
+        style: row of `emoji.styles()`.
+    """
+
+    texts: list[str]
+    concept: Int32[np.ndarray, " rows"]
+    style: Int32[np.ndarray, " rows"]
+
+
+class Noised(NamedTuple):
+    """Training inputs and targets of a denoiser."""
+
+    latents: Float[Array, "b h w c"]
+    timestep: Int[Array, " b"]
+    target: Float[Array, "b h w c"]
+    alpha_cumprod: Float[Array, " b"]
+
+
+class Examples(NamedTuple):
+    """What a batch is made of, by prompt or by picture.
+
+    Attributes:
+        embedding: of every prompt, as the router reads it.
+        states: of every prompt, as the UNet reads it; float16.
+        null: the states of no text.
+        mean: of the latents of every picture and, with flips, of its mirror image.
+        log_variance: of the same.
+    """
+
+    embedding: Float[np.ndarray, "rows n"]
+    states: Float[np.ndarray, "rows tokens d"]
+    null: Float[np.ndarray, "1 tokens d"]
+    mean: Float[np.ndarray, "images flips h w c"]
+    log_variance: Float[np.ndarray, "images flips h w c"]
+
+    def batch(self, rows: Int[np.ndarray, " b"], seed: Sequence[int]) -> dict[str, Any]:
+        """The examples of some prompts, mirrored or not as `seed` draws."""
+        image = rows // (len(self.states) // len(self.mean))
+        flip = np.random.default_rng(seed).integers(self.mean.shape[1], size=len(rows))
+        return {
+            "embedding": self.embedding[rows],
+            "text": self.states[rows],
+            "mean": self.mean[image, flip],
+            "log_variance": self.log_variance[image, flip],
+        }
+
+
+def pictures(section: config.RouterData, split: str) -> emoji.Pairs:
+    """The pictures of a split, or the first of them."""
+    return emoji.Pairs(*(x[: section.num_images or None] for x in _load(split)))
+
+
+def prompts(section: config.RouterData, pairs: emoji.Pairs, split: str, seed: int) -> Prompts:
+    """The canonical caption of every picture and, for `train`, drawn ones."""
+    count = section.captions_per_image if split == "train" else 1
+    rng = np.random.default_rng([seed, emoji.SPLITS.index(split)])
+    texts = []
+    for c, s in zip(pairs.concept, pairs.style, strict=True):
+        concept, style = emoji.concepts()[c], emoji.styles()[s].word
+        texts.append(captions.caption(concept, style))
+        texts += [captions.augmented(rng, concept, style) for _ in range(count - 1)]
+    return Prompts(texts, np.repeat(pairs.concept, count), np.repeat(pairs.style, count))
+
+
+def embeddings(
+    section: config.RouterData,
+    model: checkpoint.Model,
+    texts: Sequence[str],
+    mesh: Mesh,
+    cache_dir: pathlib.Path | None,
+    variant: str | None = None,
+) -> Float[np.ndarray, "rows n"]:
+    """What the router reads of prompts.
+
+    Args:
+        section: names the encoder.
+        model: whose text encoder that may be.
+        texts: the prompts.
+        mesh: of `sharding.make_mesh`.
+        cache_dir: None keeps nothing.
+        variant: of the model's files.
+
+    Raises:
+        ValueError: if the encoder is neither `text_encoder` nor a sentence encoder.
+    """
+    is_own = section.encoder == "text_encoder"
+    directory = model.directory / "text_encoder" if is_own else pathlib.Path(section.encoder)
+    if not (directory / "config.json").is_file():
+        raise ValueError(
+            f"config.router.data.encoder is {section.encoder!r}, expected `text_encoder` or a"
+            " directory of sentence-transformers, which has a config.json"
+        )
+
+    def compute() -> cache.Arrays:
+        if is_own:
+            params = checkpoint.load(model, "text_encoder", dtype=np.float32, variant=variant)
+            encode = functools.partial(_pooled_text, model.text_encoder)
+            return {"embedding": _encode(encode, params, _ids(model, texts), mesh)}
+        encoder = sentence.SentenceConfig.from_json(tensors.read_json(directory / "config.json"))
+        params = checkpoint.load_params(directory, sentence.param_shapes(encoder), dtype=np.float32)
+        words: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        found = words(list(texts), padding=True, truncation=True, max_length=encoder.max_tokens)
+        keys = ("input_ids", "attention_mask")
+        both = np.stack([np.array(found[key], np.int32) for key in keys], axis=1)
+        return {"embedding": _encode(functools.partial(_pooled, encoder), params, both, mesh)}
+
+    if cache_dir is None:
+        return compute()["embedding"]
+    key = cache.fingerprint(cache.directory_state(directory), list(texts))
+    return cache.cached(cache_dir, "embeddings", key, compute)["embedding"]
+
+
+def examples(
+    section: config.RouterData,
+    model: checkpoint.Model,
+    pairs: emoji.Pairs,
+    texts: Sequence[str],
+    mesh: Mesh,
+    cache_dir: pathlib.Path,
+    variant: str | None = None,
+) -> Examples:
+    """Everything that a training needs of some pictures and their prompts.
+
+    Raises:
+        ValueError: if there is no picture, or as `embeddings`.
+    """
+    if not len(pairs.images):
+        raise ValueError("there is no picture to train on: give a larger num_images")
+    num_flips = 1 + section.flips
+
+    def latents() -> cache.Arrays:
+        params = checkpoint.load(model, "vae", dtype=np.float32, variant=variant)
+        both = np.stack([pairs.images, pairs.images[:, :, ::-1]][:num_flips], axis=1)
+        flat = both.reshape(-1, *both.shape[2:])
+        moments = _encode(functools.partial(_moments, model.vae), params, flat, mesh)
+        moments = moments.reshape(-1, num_flips, *moments.shape[1:])
+        mean, log_variance = np.split(moments, 2, axis=-1)
+        return {"mean": mean, "log_variance": log_variance}
+
+    def states() -> cache.Arrays:
+        params = checkpoint.load(model, "text_encoder", dtype=np.float32, variant=variant)
+        encode = functools.partial(_states, model.text_encoder)
+        found = _encode(encode, params, _ids(model, [*texts, ""]), mesh)
+        return {"states": found[:-1], "null": found[-1:]}
+
+    vae_state = cache.directory_state(model.directory / "vae")
+    key = cache.fingerprint(vae_state, pairs.images, num_flips)
+    moments = cache.cached(cache_dir, "latents", key, latents)
+    encoder_state = cache.directory_state(model.directory / "text_encoder")
+    text = cache.cached(cache_dir, "text", cache.fingerprint(encoder_state, list(texts)), states)
+    embedding = embeddings(section, model, texts, mesh, cache_dir, variant)
+    return Examples(embedding, text["states"], text["null"], **moments)
+
+
+def noised(
+    batch: Mapping[str, Any],
+    key: Key[Array, ""],
+    schedule: diffusion.Schedule,
+    scaling_factor: float,
+) -> Noised:
+    """Draws latents, noise and uniform timesteps for the latent distributions of a batch."""
+    keys, mean = jax.random.split(key, 3), batch["mean"]
+    spread = jnp.exp(batch["log_variance"] / 2) * jax.random.normal(keys[0], mean.shape)
+    x0 = (mean + spread) * scaling_factor
+    noise = jax.random.normal(keys[1], x0.shape)
+    alphas = diffusion.alphas_cumprod(schedule).astype(np.float32)
+    timestep = jax.random.randint(keys[2], x0.shape[:1], 0, len(alphas))
+    alpha = jnp.asarray(alphas)[timestep]
+    target = diffusion.training_target(x0, noise, alpha, schedule.prediction_type)
+    return Noised(diffusion.add_noise(x0, noise, alpha), timestep, target, alpha)
+
+
+@functools.cache  # every stage reads them: decoding takes seconds, and all of them 140 MB
+def _load(split: str) -> emoji.Pairs:
+    return emoji.load(split)
+
+
+def _pooled_text(
+    text_config: clip.TextConfig, params: train.Params, ids: Int[Array, "b n"]
+) -> Float[Array, "b d"]:
+    states: Any = clip.TextTower(text_config).apply({"params": params}, ids)
+    return states[jnp.arange(len(ids)), clip.end_of_text(ids, text_config)]
+
+
+def _pooled(
+    encoder: sentence.SentenceConfig, params: train.Params, both: Int[Array, "b 2 n"]
+) -> Float[Array, "b d"]:
+    ids, mask = both[:, 0], both[:, 1].astype(bool)
+    states: Any = sentence.SentenceEncoder(encoder).apply({"params": params}, ids, mask)
+    return sentence.pool(states, mask)
+
+
+def _states(
+    text_config: clip.TextConfig, params: train.Params, ids: Int[Array, "b n"]
+) -> Float[Array, "b n d"]:
+    states: Any = clip.TextTower(text_config).apply({"params": params}, ids)
+    return states.astype(jnp.float16)
+
+
+def _moments(
+    vae_config: vae.VAEConfig, params: train.Params, images: Shaped[Array, "b height width 3"]
+) -> Float[Array, "b h w moments"]:
+    x, apply = pipeline.to_float(images), vae.VAE(vae_config).apply
+    moments: Any = apply({"params": params}, x, method="encode")
+    return jnp.concatenate(moments, axis=-1)
+
+
+def _ids(model: checkpoint.Model, texts: Sequence[str]) -> Int32[np.ndarray, "rows tokens"]:
+    words = tokenizer.load(model.directory / "tokenizer")
+    return tokenizer.encode(words, texts, model.text_encoder.max_position_embeddings)
+
+
+def _encode(
+    apply: Callable[[train.Params, Any], Array], params: train.Params, rows: np.ndarray, mesh: Mesh
+) -> np.ndarray:
+    """`apply` of all rows, a batch at a time, split over all devices."""
+    placed = sharding.batch_sharding(mesh)
+    encode = jax.jit(apply, in_shardings=(None, placed), out_shardings=placed)
+    params = jax.device_put(params, sharding.replicated(mesh))
+    batches = cache.in_batches(len(rows), _ROWS_PER_DEVICE * mesh.size)
+    parts = [sharding.to_host(encode(params, rows[batch])) for batch in batches]
+    return np.concatenate(parts)[: len(rows)]

@@ -1,0 +1,292 @@
+"""Stages `assign` and `materialise`: from codes and prompts to one smaller model each."""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from sdprune_jax import checkpoint, config, convert, macs, sites, tensors
+from sdprune_jax.aptp import balance, data, gates, router, train_router, zero_padding
+from sdprune_jax.aptp.layout import Layout, layout_of, to_architecture
+from sdprune_jax.data import cache, emoji
+
+_TOLERANCE = 0.02  # of the budget, beyond which a warning is due
+
+
+def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
+    """Gives every prompt of every split its expert, and every expert its architecture.
+
+    Returns:
+        `workdir/assign`: `assign.json`, with shares, balance and budget; `architectures.npy`,
+        which of all gates each expert keeps; and `experts_<split>.npy`, of every prompt.
+
+    Raises:
+        ValueError: if the run has no finished router.
+    """
+    section, work = run.assign, pathlib.Path(run.workdir)
+    assert section is not None
+    model = checkpoint.open_model(checkpoint.directory_of(run.model))
+    params, trained, values = train_router.load(work, model, mesh)
+    output = work / "assign"
+    made_from = cache.fingerprint(dataclasses.asdict(section), values["made_from"])
+    if _is_complete(output, made_from, "assign.json"):
+        return output
+
+    layout = layout_of(sites.table(model.unet))
+    code_gates = _code_gates(params, layout, section.final_codes, values["seed"])
+    similarity, labels = {}, {}
+    for split in emoji.SPLITS:
+        pairs = data.pictures(trained.data, split)
+        prompts = data.prompts(trained.data, pairs, split, values["seed"])
+        embedding = data.embeddings(
+            trained.data, model, prompts.texts, mesh, work / "router" / "cache",
+            values["variant"] or None,
+        )  # fmt: skip
+        similarity[split] = similarities(params, embedding, layout, code_gates, section.route_noise)
+        labels[split] = prompts
+    costs = train_router.budget_costs(trained, model, tuple(values["latent_size"]))
+    offsets = np.zeros(trained.num_codes, np.float32)
+    if section.balance == "optimal_transport":
+        offsets = balance.offsets(similarity["train"])
+    experts = {split: nearest(s, offsets) for split, s in similarity.items()}
+    counts = np.bincount(experts["train"], minlength=trained.num_codes)
+    keep, shift = np.asarray(code_gates) >= 0.5, 0.0
+    unfitted = _kept(keep, layout, costs)
+    if section.fit_budget:
+        logits, noise = _final_logits(params, section.final_codes, values["seed"])
+        shift, keep = balance.fit_budget(
+            lambda shift: np.asarray(gates.soft_gates(logits + shift, noise, layout)) >= 0.5,
+            lambda keep: float(counts @ _kept(keep, layout, costs) / counts.sum()),
+            trained.macs_budget,
+        )
+    kept = _kept(keep, layout, costs)
+
+    partial = _fresh(output)
+    np.save(partial / "architectures.npy", keep)
+    np.save(partial / "offsets.npy", offsets)
+    np.save(partial / "code_gates.npy", np.asarray(code_gates))
+    report = {}
+    for split, found in experts.items():
+        np.save(partial / f"experts_{split}.npy", found)
+        report[split] = balance.figures(found, kept, trained.macs_budget)
+        groups = [emoji.concepts()[c].group for c in labels[split].concept]
+        group = np.unique(groups, return_inverse=True)[1]
+        report[split] |= balance.information(found, {"style": labels[split].style, "group": group})
+    if len(dead := report["train"]["dead"]):
+        logging.warning("%d of %d experts get no prompt: %s", len(dead), trained.num_codes, dead)
+    if abs(report["val"]["macs"] / trained.macs_budget - 1) > _TOLERANCE:
+        logging.warning("unseen prompts keep %.4f of the MACs", report["val"]["macs"])
+    values = {
+        "made_from": made_from,
+        "section": dataclasses.asdict(section),
+        "macs_budget": trained.macs_budget,
+        "mac_counter": trained.mac_counter,
+        "latent_size": values["latent_size"],
+        "logit_shift": shift,
+        "macs_of_codes": unfitted.tolist(),
+        "macs_of_experts": kept.tolist(),
+        "units_that_differ": balance.differences(keep),
+        "splits": report,
+    }
+    return _finish(partial, output, "assign.json", values)
+
+
+def similarities(
+    params: Any,
+    embedding: Float[np.ndarray, "rows n"],
+    layout: Layout,
+    code_gates: Float[Array, "k d"],
+    route_noise: str = "none",
+) -> Float32[np.ndarray, "rows k"]:
+    """Of prompts to codes; without noise, a prompt's are the same in any batch and place."""
+    size = min(512, len(embedding))
+    noise = gates.MEDIAN_NOISE
+    if route_noise == "published":
+        noise = gates.published_noise(size, layout)
+    match = jax.jit(functools.partial(router.match, layout=layout))
+    parts = [
+        np.asarray(match(params, jnp.asarray(embedding[rows]), code_gates=code_gates, noise=noise))
+        for rows in cache.in_batches(len(embedding), size)
+    ]
+    return np.concatenate(parts)[: len(embedding)]
+
+
+def nearest(
+    similarity: Float32[np.ndarray, "rows k"], offsets: Float32[np.ndarray, " k"]
+) -> Int32[np.ndarray, " rows"]:
+    """The expert of each prompt. Rounding alone never decides: of equals, it is the first."""
+    return np.round(similarity + offsets, 6).argmax(axis=1).astype(np.int32)
+
+
+def of_prompts(
+    workdir: pathlib.Path, model: checkpoint.Model, texts: Sequence[str], mesh: Mesh
+) -> Int32[np.ndarray, " rows"]:
+    """The experts of any prompts, by the router and the balance of a finished `assign`.
+
+    Raises:
+        ValueError: if the run has not finished it.
+    """
+    values = read_assignment(workdir)
+    params, trained, made = train_router.load(workdir, model, mesh)
+    layout, directory = layout_of(sites.table(model.unet)), workdir / "assign"
+    embedding = data.embeddings(
+        trained.data, model, texts, mesh, None, variant=made["variant"] or None
+    )
+    code_gates = jnp.asarray(np.load(directory / "code_gates.npy"))
+    noise = values["section"]["route_noise"]
+    found = similarities(params, embedding, layout, code_gates, noise)
+    return nearest(found, np.load(directory / "offsets.npy"))
+
+
+def read_assignment(workdir: pathlib.Path) -> dict[str, Any]:
+    """The record of a finished `assign`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = workdir / "assign" / "assign.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} has no assignment of prompts: make one with --config.assign=build"
+        )
+    return tensors.read_json(path)
+
+
+def materialise(run: config.Run, mesh: Mesh) -> pathlib.Path:
+    """Cuts every expert out of the dense UNet: the weights are loaded first, then sliced.
+
+    Returns:
+        `workdir/experts`: diffusers directories `00`, `01`, …, each with its prompts in
+        `prompts.json`, and `experts.json`, with MACs and parameters; with `zero_padded`, also
+        `00_dense`, … of the dense shape.
+
+    Raises:
+        ValueError: if the run has no assignment, or the UNet cannot be sliced so.
+    """
+    section, work = run.materialise, pathlib.Path(run.workdir)
+    assert section is not None
+    model = checkpoint.open_model(checkpoint.directory_of(run.model))
+    assigned, output = read_assignment(work), work / "experts"
+    made_from = cache.fingerprint(
+        dataclasses.asdict(section), assigned["made_from"], cache.directory_state(model.directory)
+    )
+    if _is_complete(output, made_from, "experts.json"):
+        return output
+
+    _, trained, values = train_router.load(work, model, mesh)
+    layout, variant = layout_of(sites.table(model.unet)), values["variant"] or None
+    dense = checkpoint.load(model, "unet", variant=variant)
+    dense = jax.tree.map(np.asarray, dense)
+    keep, prompts = np.load(work / "assign" / "architectures.npy"), _prompts(work, trained, values)
+    size, tokens = tuple(assigned["latent_size"]), model.text_encoder.max_position_embeddings
+    whole = macs.by_site(model.unet, size, tokens, trained.mac_counter).total
+    partial, rows = _fresh(output), []
+    for index, vector in enumerate(keep):
+        name, architecture = f"{index:02d}", to_architecture(vector, layout)
+        params, unet_config = sites.slice_params(dense, model.unet, architecture)
+        sliced = dataclasses.replace(model, unet=unet_config)
+        save = functools.partial(
+            checkpoint.save, dtype=jnp.dtype(section.save_dtype), variant=variant
+        )
+        save(sliced, {"unet": params}, partial / name)
+        if section.zero_padded:
+            padded = zero_padding.zero_params(dense, model.unet, architecture)
+            save(model, {"unet": padded}, partial / f"{name}_dense")
+        if jax.process_index() == 0:
+            tensors.write_json(partial / name / "prompts.json", prompts[index])
+        cost = macs.by_site(unet_config, size, tokens, trained.mac_counter).total
+        rows.append(
+            {
+                "directory": name,
+                "macs": cost,
+                "share_of_macs": cost / whole,
+                "parameters": _count(params),
+                "share_of_parameters": _count(params) / _count(dense),
+                "prompts": {split: len(texts) for split, texts in prompts[index].items()},
+                "kept": {site: int(units.sum()) for site, units in architecture.items()},
+            }
+        )
+    record = {
+        "made_from": made_from,
+        "model": run.model,
+        "mac_counter": trained.mac_counter,
+        "latent_size": list(size),
+        "text_tokens": tokens,
+        "dense": {"macs": whole, "parameters": _count(dense)},
+        "experts": rows,
+    }
+    return _finish(partial, output, "experts.json", record)
+
+
+def _prompts(
+    work: pathlib.Path, trained: config.Router, values: dict[str, Any]
+) -> list[dict[str, list[str]]]:
+    """By expert, the texts of every split."""
+    found: list[dict[str, list[str]]] = [{} for _ in range(trained.num_codes)]
+    for split in emoji.SPLITS:
+        pairs = data.pictures(trained.data, split)
+        texts = data.prompts(trained.data, pairs, split, values["seed"]).texts
+        expert = np.load(work / "assign" / f"experts_{split}.npy")
+        for index, mine in enumerate(found):
+            mine[split] = [texts[row] for row in np.flatnonzero(expert == index)]
+    return found
+
+
+def _final_logits(
+    params: Any, final_codes: str, seed: int
+) -> tuple[Float[Array, "k d"], Float[Array, "..."]]:
+    """Logits of the codes, and the noise that decides their gates: its median, or one draw."""
+    codes = jnp.asarray(params["codes"])
+    if final_codes == "median":
+        return codes, jnp.asarray(gates.MEDIAN_NOISE)
+    return codes, gates.gumbel(jax.random.uniform(jax.random.key(seed), codes.shape))
+
+
+def _code_gates(params: Any, layout: Layout, final_codes: str, seed: int) -> Float[Array, "k d"]:
+    logits, noise = _final_logits(params, final_codes, seed)
+    return gates.soft_gates(logits, noise, layout)
+
+
+def _kept(
+    keep: Bool[np.ndarray, "k d"], layout: Layout, costs: macs.SiteMacs
+) -> Float[np.ndarray, " k"]:
+    """The share of all MACs that each expert keeps."""
+    return np.asarray(train_router.kept_shares(jnp.asarray(keep, jnp.float32), layout, costs))
+
+
+def _count(params: Any) -> int:
+    return sum(x.size for x in convert.flatten(params).values())
+
+
+def _is_complete(output: pathlib.Path, made_from: str, name: str) -> bool:
+    record = output / name
+    done = record.exists() and tensors.read_json(record)["made_from"] == made_from
+    if done:
+        logging.info("%s is complete: made from the same config and router", output)
+    return done
+
+
+def _fresh(output: pathlib.Path) -> pathlib.Path:
+    """An empty directory to write in, which takes the name of `output` when complete."""
+    partial = output.with_name(f"{output.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _finish(
+    partial: pathlib.Path, output: pathlib.Path, name: str, values: dict[str, Any]
+) -> pathlib.Path:
+    tensors.write_json(partial / name, values)
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+    return output

@@ -1,0 +1,297 @@
+"""Stage `router`: learns the codes and the architecture predictor on a frozen UNet."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from sdprune_jax import checkpoint, config, macs, sharding, sites, tensors, train
+from sdprune_jax.aptp import codebook, data, losses, router
+from sdprune_jax.aptp.gates import MEDIAN_NOISE, forward_gates, hard, soft_gates
+from sdprune_jax.aptp.layout import Layout, layout_of, to_gates
+from sdprune_jax.data import cache
+from sdprune_jax.models import unet
+
+_NUM_SEEDING = 1024  # prompts that the codes are seeded from
+
+
+def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
+    """Trains what `run.router` asks for, or resumes it.
+
+    Returns:
+        `workdir/router`: `model.safetensors`, the parameters; `router.json`, what they are; and
+        the training, in a directory of its own for every config.
+
+    Raises:
+        ValueError: naming everything that cannot be trained as asked.
+    """
+    section, output = run.router, pathlib.Path(run.workdir) / "router"
+    assert section is not None
+    model = checkpoint.open_model(checkpoint.directory_of(run.model))
+    made_from = cache.fingerprint(
+        dataclasses.asdict(section), run.seed, run.dtype, run.variant,
+        cache.directory_state(model.directory),
+    )  # fmt: skip
+    record = output / "router.json"
+    if record.exists() and tensors.read_json(record)["made_from"] == made_from:
+        logging.info("%s is complete: made from the same config and model", output)
+        return output
+
+    layout, variant = layout_of(sites.table(model.unet)), run.variant or None
+    examples, texts = {}, {}
+    for split in ("train", "val"):
+        pairs = data.pictures(section.data, split)
+        texts[split] = data.prompts(section.data, pairs, split, run.seed).texts
+        examples[split] = data.examples(
+            section.data, model, pairs, texts[split], mesh, output / "cache", variant
+        )
+    latent_size = examples["train"].mean.shape[2:4]
+    budget_size = (section.latent_size,) * 2 if section.latent_size else latent_size
+    check(section, model, layout, budget_size, mesh)
+    costs = budget_costs(section, model, budget_size)
+    shapes = checkpoint.param_shapes(model, "unet")
+    frozen = checkpoint.load(
+        model, "unet", dtype=np.float32, variant=variant,
+        sharding=sharding.fsdp_shardings(shapes, mesh),
+    )  # fmt: skip
+
+    embedding = examples["train"].embedding
+    params = router.init_params(layout, embedding.shape[1], section.num_codes, run.seed)
+    order = np.random.default_rng(run.seed).permutation(len(embedding))[:_NUM_SEEDING]
+    seeds = functools.partial(
+        codebook.seeds, jnp.asarray(embedding[order]), section.num_codes, layout
+    )
+    has_seeds = section.code_seeds == "prompts"
+    if has_seeds and not section.warmup_steps:
+        params |= {"codes": seeds(params["predictor"])}
+
+    def batch_at(step: int) -> dict[str, Any]:
+        rows = train.rows_of_batch(len(embedding), section.batch_size, step, run.seed)
+        warms_up = np.full(len(rows), step < section.warmup_steps)
+        return examples["train"].batch(rows, [run.seed, step]) | {"warms_up": warms_up}
+
+    figures = functools.partial(
+        _figures, jnp.asarray(examples["val"].embedding), layout, costs, section.num_codes
+    )
+    params = train.fit(
+        make_loss(section, model, costs, layout, jnp.dtype(run.dtype)),
+        params,
+        codebook.make_optimizer(section, seeds if has_seeds else None),
+        batch_at,
+        frozen,
+        mesh=mesh, num_steps=section.num_steps, ema_decay=section.ema_decay, seed=run.seed,
+        directory=output / made_from / "router", log_every=section.log_every,
+        save_every=section.save_every, evaluate=figures,
+        eval_every=max(section.num_steps // section.num_evals, 1),
+    )  # fmt: skip
+    record.unlink(missing_ok=True)
+    checkpoint.save_params(output, params, dtype=np.float32, name="model")
+    values = {
+        "made_from": made_from,
+        "model": run.model,
+        "variant": run.variant,
+        "seed": run.seed,
+        "embedding_dim": embedding.shape[1],
+        "latent_size": list(budget_size),
+        "section": dataclasses.asdict(section),
+        "figures": figures(params),
+    }
+    if jax.process_index() == 0:
+        tensors.write_json(record, values)
+    return output
+
+
+def check(
+    section: config.Router,
+    model: checkpoint.Model,
+    layout: Layout,
+    latent_size: tuple[int, int],
+    mesh: Mesh,
+) -> None:
+    """Refuses what cannot be trained.
+
+    Raises:
+        ValueError: naming every problem, and what is possible.
+    """
+    problems = []
+    if section.batch_size % mesh.size:
+        problems.append(
+            f"batch_size is {section.batch_size}, expected a multiple of the {mesh.size} devices"
+        )
+    if section.batch_size < section.num_codes:
+        problems.append(
+            f"batch_size is {section.batch_size}, fewer prompts than the {section.num_codes} codes"
+            " that are to share them"
+        )
+    if section.num_steps <= section.warmup_steps:
+        problems.append(
+            f"num_steps is {section.num_steps}, and codes learn only after the"
+            f" {section.warmup_steps} warmup_steps"
+        )
+    costs = budget_costs(section, model, latent_size)
+    lowest = lowest_share(costs, layout)
+    if not lowest <= section.macs_budget <= 1:
+        problems.append(
+            f"macs_budget is {section.macs_budget}, the share of all MACs to keep: expected from"
+            f" {lowest:.4f}, with one unit at every site and no block that can go, to 1"
+        )
+    if problems:
+        raise ValueError(
+            "config.router is not possible:\n  " + "\n  ".join(f"its {text}" for text in problems)
+        )
+
+
+def budget_costs(
+    section: config.Router, model: checkpoint.Model, latent_size: tuple[int, int]
+) -> macs.SiteMacs:
+    """MACs of every site, as the budget counts them."""
+    tokens = model.text_encoder.max_position_embeddings
+    return macs.by_site(model.unet, latent_size, tokens, section.mac_counter)
+
+
+def lowest_share(costs: macs.SiteMacs, layout: Layout) -> float:
+    """The share of all MACs that is kept when everything is closed that can be."""
+    vector = np.zeros((1, layout.size), np.float32)
+    vector[:, layout.starts] = 1
+    return float(kept_shares(jnp.asarray(vector), layout, costs)[0])
+
+
+def kept_shares(
+    gates: Float[Array, "b d"], layout: Layout, costs: macs.SiteMacs
+) -> Float[Array, " b"]:
+    """The share of all MACs that is kept if the gates are hard."""
+    kept = losses.kept_macs(gates, layout, losses.site_shares(costs, layout))
+    return losses.total_share(kept, costs)
+
+
+def make_loss(
+    section: config.Router,
+    model: checkpoint.Model,
+    costs: macs.SiteMacs,
+    layout: Layout,
+    dtype: Any = jnp.float32,
+) -> train.LossFn:
+    """The loss of the router's parameters, with the UNet frozen.
+
+    The ungated UNet teaches the gated one in the same program. Batches are those of
+    `data.Examples`, and `warms_up`, whether prompts still lend their own gates.
+    """
+    apply: Any = unet.UNet(
+        model.unet, dtype, remat=section.remat, gate_position=section.gate_position
+    ).apply
+    shares = losses.site_shares(costs, layout)
+    # Not saved with a checkpoint, but derived again whenever a training starts or resumes.
+    budget = losses.removable_budget(costs, section.macs_budget)
+    weights, schedule = dataclasses.asdict(section.losses), model.schedule
+
+    def loss_fn(params, frozen, batch, key):
+        keys = jax.random.split(key)
+        noisy = data.noised(batch, keys[0], schedule, model.vae.scaling_factor)
+        routing = router.route(
+            params, batch["embedding"], keys[1], layout, warms_up=batch["warms_up"][:, None],
+            optimal_transport=section.optimal_transport, epsilon=section.epsilon,
+        )  # fmt: skip
+        inputs = (noisy.latents, noisy.timestep, batch["text"].astype(jnp.float32))
+        teacher, teacher_blocks = apply({"params": frozen}, *inputs, return_blocks=True)
+        gates = to_gates(forward_gates(routing.gates, section.forward_gates), layout)
+        student, blocks = apply({"params": frozen}, *inputs, gates, return_blocks=True)
+        kept = losses.kept_macs(routing.gates, layout, shares)
+        features = router.features(routing.prompt_gates, layout)
+        parts = {
+            "denoising": losses.denoising(
+                student, noisy.target, noisy.alpha_cumprod, schedule.prediction_type,
+                section.min_snr_gamma or None, section.snr_weight,
+            ),
+            "output": losses.output_distillation(student, teacher),
+            "block": losses.block_distillation(blocks, teacher_blocks),
+            "resource": losses.resource(kept, budget, section.resource_kind),
+            "contrastive": losses.contrastive(
+                features, batch["embedding"], scale=section.contrastive_scale
+            ),
+            "highest": losses.highest(kept),
+            "spread": losses.spread(kept),
+            "code_pull": losses.code_pull(
+                features, router.features(routing.code_gates, layout), routing.assignment
+            ),
+        }  # fmt: skip
+        # While codes do not learn, nor do they weigh; a weight of 0 may meet an infinite loss.
+        is_joint = 1 - batch["warms_up"].mean()
+        parts["code_pull"] = parts["code_pull"] * is_joint
+        loss = losses.weighted_sum(parts, weights)
+        counts = _counts(routing.assignment, section.num_codes)
+        metrics = parts | {"loss": loss, "macs": losses.total_share(kept, costs).mean()}
+        metrics |= {"codes_used": (counts > 0).sum(), "largest_share": counts.max() / counts.sum()}
+        return loss, metrics
+
+    return loss_fn
+
+
+def load(
+    workdir: pathlib.Path, model: checkpoint.Model, mesh: Mesh
+) -> tuple[train.Params, config.Router, dict[str, Any]]:
+    """The router of a run: parameters, the section that made it, and the rest of its record.
+
+    Raises:
+        ValueError: if there is none, or it is of another model.
+    """
+    directory = workdir / "router"
+    if not (directory / "router.json").is_file():
+        raise ValueError(
+            f"{directory} has no finished router: train one first, with --config.router=build"
+        )
+    values = tensors.read_json(directory / "router.json")
+    parts = values["section"]
+    section = config.Router(
+        **parts
+        | {
+            "data": config.RouterData(**parts["data"]),
+            "losses": config.RouterLosses(**parts["losses"]),
+        }
+    )
+    layout = layout_of(sites.table(model.unet))
+    shape = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)
+    heads = {"kernel": shape(values["embedding_dim"], layout.size), "bias": shape(layout.size)}
+    shapes = {"predictor": {"heads": heads}, "codes": shape(section.num_codes, layout.size)}
+    params = checkpoint.load_params(directory, shapes, sharding=sharding.replicated(mesh))
+    return params, section, values
+
+
+def _counts(assignment: Int[Array, " b"], num_codes: int) -> Float[Array, " k"]:
+    return jax.nn.one_hot(assignment, num_codes).sum(axis=0)
+
+
+def _figures(
+    embeddings: Float[Array, "rows n"],
+    layout: Layout,
+    costs: macs.SiteMacs,
+    num_codes: int,
+    params: Mapping[str, Any],
+) -> dict[str, float]:
+    """How unseen prompts are routed, without noise or balance, and what that keeps."""
+    found = _route(jax.tree.map(sharding.to_host, params), embeddings, layout)
+    counts = np.bincount(found[0], minlength=num_codes)
+    kept = np.asarray(kept_shares(found[1], layout, costs))
+    return {
+        "val_macs": float(kept[found[0]].mean()),
+        "val_codes_used": float((counts > 0).sum()),
+        "val_largest_share": float(counts.max() / counts.sum()),
+        "lowest_macs": float(kept.min()),
+        "highest_macs": float(kept.max()),
+    }
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _route(
+    params: Mapping[str, Any], embeddings: Float[Array, "rows n"], layout: Layout
+) -> tuple[Int[Array, " rows"], Float[Array, "k d"]]:
+    """Nearest code of every prompt, and the hard gates of every code."""
+    nearest = jnp.argmax(router.match(params, embeddings, layout), axis=1)
+    return nearest, hard(soft_gates(params["codes"], MEDIAN_NOISE, layout))

@@ -1,0 +1,265 @@
+"""Statistics of layer inputs over real prompts and, for the UNet, over real denoising."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from sdprune_jax import convert, pipeline, samplers, sharding
+from sdprune_jax.checkpoint import Model
+from sdprune_jax.models import clip, unet
+from sdprune_jax.pruning import inputs, recorder
+from sdprune_jax.pruning.recorder import LayerStats, Stats
+from sdprune_jax.pruning.trajectory import Trajectory
+
+
+def text_statistics(
+    config: clip.TextConfig,
+    params: Any,
+    mesh: Mesh,
+    ids: Int[np.ndarray, "prompts n"],
+    paths: Sequence[str],
+    statistic: str,
+    *,
+    batch_size: int = 32,
+    mask_pads: bool = True,
+    dtype: Any = jnp.float32,
+) -> Stats:
+    """Runs prompts through the text encoder and sums what its layers read.
+
+    Args:
+        config: of the text encoder.
+        params: of the text encoder.
+        mesh: batches are split over all of its axes.
+        ids: of the prompts, padded.
+        paths: kernels of the layers to calibrate.
+        statistic: "moments" or "gram".
+        batch_size: prompts at once, a multiple of the devices.
+        mask_pads: leave out what follows the end of a text. Ramesh and Zhao count it, and most of
+            the 77 tokens of a caption are such.
+        dtype: of the computation; statistics are float32.
+
+    Returns:
+        By kernel. Layers that read the same input hold the same arrays.
+
+    Raises:
+        ValueError: naming layers that read nothing, or a value that is not finite.
+    """
+    _refuse_batch(len(ids), batch_size, mesh)
+    groups = inputs.groups(paths)
+    layers = _inputs_of_each(params, [group[0] for group in groups.values()])
+    setup = _Setup(config, dtype, mesh, layers, statistic)
+    stats = _zeros(setup)
+    for rows, weight in _batches(len(ids), batch_size):
+        tokens = np.broadcast_to(weight[:, None], ids[rows].shape)
+        if mask_pads:
+            end = np.asarray(clip.end_of_text(jnp.asarray(ids[rows]), config))
+            tokens = tokens * (np.arange(ids.shape[1])[None] <= end[:, None])
+        stats = _add_texts(setup, params, stats, *_split(mesh, ids[rows], tokens))
+    return recorder.checked({path: stats[group[0]] for group in groups.values() for path in group})
+
+
+def unet_statistics(
+    model: Model,
+    params: Any,
+    mesh: Mesh,
+    text: Float[np.ndarray, "prompts n d"],
+    negative: Float[np.ndarray, "1 n d"],
+    paths: Sequence[str],
+    statistic: str,
+    key: Key[Array, ""],
+    trajectory: Trajectory,
+    dtype: Any = jnp.float32,
+) -> Stats:
+    """Denoises from noise under each prompt and sums what layers read at every call.
+
+    Text states are the same at every call, so the keys and values of cross-attention need no run
+    of the UNet. Layers of the time embedding read all timesteps once: those of one trajectory are
+    fewer than the inputs, and a Gram matrix without rank fits its update to them alone.
+
+    Args:
+        model: the configs of a diffusers directory.
+        params: of the UNet.
+        mesh: batches are split over all of its axes.
+        text: last hidden states of the prompts.
+        negative: of the negative prompt.
+        paths: kernels of the layers to calibrate.
+        statistic: "moments" or "gram".
+        key: of the noise, and of the positions that are drawn.
+        trajectory: sampler, guidance and weights.
+        dtype: of the computation; statistics are float32.
+
+    Returns:
+        By kernel. Layers that read the same input hold the same arrays.
+
+    Raises:
+        ValueError: naming layers that read nothing, or a value that is not finite; or if the
+            trajectory cannot be walked.
+    """
+    _refuse_batch(len(text), trajectory.batch_size, mesh)
+    if not 0 < trajectory.position_fraction <= 1:
+        raise ValueError(f"position_fraction is in (0, 1], got {trajectory.position_fraction}")
+    table = samplers.timetable(model.schedule, trajectory.sampler, trajectory.num_steps)
+    alphas = trajectory.weights(len(table.timestep))
+    guided = trajectory.guidance_scale > 1
+    groups = inputs.groups(paths)
+    found: Stats = {}
+    if any(name in groups for name in inputs.TIME):
+        num = model.schedule.num_train_timesteps
+        weight = jnp.asarray(trajectory.weights(num)[::-1])  # timestep 0 is the last
+        read = inputs.of_time(model.unet, params, num, dtype)
+        found = {name: _of_rows(x, weight, statistic) for name, x in read.items() if name in groups}
+    if inputs.TEXT in groups:
+        parts = [(text[r], w) for r, w in _batches(len(text), trajectory.batch_size)]
+        if guided:
+            parts.append((negative, np.full(1, len(text), np.float32)))
+        found[inputs.TEXT] = functools.reduce(
+            partial(jax.tree.map, jnp.add),
+            (
+                _of_rows(jnp.asarray(x, dtype), jnp.asarray(w * alphas.sum()), statistic)
+                for x, w in parts
+            ),
+        )
+    leaders = {name: group[0] for name, group in groups.items() if name not in found}
+    if leaders:
+        setup = _Setup(
+            model.unet, dtype, mesh, _inputs_of_each(params, list(leaders.values())), statistic,
+            trajectory.position_fraction, guided,
+        )  # fmt: skip
+        size = trajectory.latent_size or (model.unet.sample_size,) * 2
+        noise_key, position_key = jax.random.split(key)
+        stats = _zeros(setup)
+        for rows, weight in _batches(len(text), trajectory.batch_size):
+            shape = (*size, model.unet.in_channels)
+            noise = pipeline.image_noise(noise_key, jnp.asarray(rows), shape)
+            stats = _add_trajectories(
+                setup, params, stats, *_split(mesh, noise, text[rows], weight),
+                jnp.asarray(negative), jax.tree.map(jnp.asarray, table), jnp.asarray(alphas),
+                jnp.float32(trajectory.guidance_scale), jax.random.fold_in(position_key, rows[0]),
+            )  # fmt: skip
+        found |= {name: stats[path] for name, path in leaders.items()}
+    return recorder.checked({path: found[name] for name, group in groups.items() for path in group})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """What a compiled calibration depends on, beside the shapes of its arguments."""
+
+    config: Any
+    dtype: Any
+    mesh: Mesh
+    layers: tuple[tuple[str, int], ...]  # path of the kernel, and number of inputs
+    statistic: str
+    fraction: float = 1.0
+    guided: bool = False
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.layers]
+
+
+@partial(jax.jit, static_argnames="setup", donate_argnames="stats")
+def _add_texts(
+    setup: _Setup, params: Any, stats: Stats, ids: Int[Array, "b n"], weight: Float[Array, "b n"]
+) -> Stats:
+    apply: Any = clip.TextTower(setup.config, setup.dtype).apply
+    record = recorder.apply_and_record
+    _, new = record(apply, params, (ids,), setup.paths, setup.statistic, weight)
+    return _add(setup, stats, new)
+
+
+@partial(jax.jit, static_argnames="setup", donate_argnames="stats")
+def _add_trajectories(
+    setup: _Setup,
+    params: Any,
+    stats: Stats,
+    noise: Float[Array, "b h w c"],
+    text: Float[Array, "b n d"],
+    weight: Float[Array, " b"],
+    negative: Float[Array, "1 n d"],
+    table: samplers.Timetable,
+    alphas: Float[Array, " calls"],
+    guidance_scale: Float[Array, ""],
+    key: Key[Array, ""],
+) -> Stats:
+    """Denoises one batch."""
+    apply: Any = unet.UNet(setup.config, setup.dtype).apply
+    if setup.guided:
+        text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
+        weight = jnp.concatenate([weight, weight])
+
+    def call(carry: Any, inputs: Any) -> Any:
+        state, stats = carry
+        row, alpha, number = inputs
+        x = jnp.concatenate([state.x, state.x]) if setup.guided else state.x
+        out, new = recorder.apply_and_record(
+            apply, params, (x, jnp.broadcast_to(row.timestep, x.shape[:1]), text), setup.paths,
+            setup.statistic, alpha * weight, setup.fraction, jax.random.fold_in(key, number),
+        )  # fmt: skip
+        if setup.guided:
+            without, prompted = jnp.split(out, 2)
+            out = without + guidance_scale * (prompted - without)
+        return (samplers.step(state, row, out), _add(setup, stats, new)), None
+
+    steps = (table, alphas, jnp.arange(len(alphas)))
+    (_, stats), _ = jax.lax.scan(call, (samplers.start(noise), stats), steps)
+    return stats
+
+
+_of_rows = jax.jit(recorder.of_rows, static_argnames="statistic")
+
+
+def _add(setup: _Setup, old: Stats, new: Stats) -> Stats:
+    return _placed(jax.tree.map(jnp.add, old, new), setup.mesh)
+
+
+@partial(jax.jit, static_argnames="setup")
+def _zeros(setup: _Setup) -> Stats:
+    """Empty statistics, the large ones split over the mesh."""
+    num_axes = 1 if setup.statistic == "moments" else 2
+    zeros = {
+        path: LayerStats(jnp.zeros([n_in] * num_axes), jnp.zeros(())) for path, n_in in setup.layers
+    }
+    return _placed(zeros, setup.mesh)
+
+
+def _placed(stats: Stats, mesh: Mesh) -> Stats:
+    return jax.lax.with_sharding_constraint(stats, sharding.fsdp_shardings(stats, mesh))
+
+
+def _inputs_of_each(params: Any, paths: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """Each path, and how many inputs its layer has."""
+    flat = convert.flatten(params)
+    unknown = sorted(set(paths) - set(flat))
+    if unknown:
+        raise ValueError("the model has no such kernels:\n  " + "\n  ".join(unknown))
+    return tuple((path, math.prod(flat[path].shape[:-1])) for path in paths)
+
+
+def _batches(
+    num: int, size: int
+) -> Iterator[tuple[Int[np.ndarray, " b"], Float[np.ndarray, " b"]]]:
+    """Rows in batches of one size; those that fill up the last one have weight 0, others 1."""
+    for first in range(0, num, size):
+        rows = np.arange(first, first + size)
+        yield np.minimum(rows, num - 1), (rows < num).astype(np.float32)
+
+
+def _split(mesh: Mesh, *arrays: Any) -> Any:
+    return jax.device_put(arrays, sharding.batch_sharding(mesh))
+
+
+def _refuse_batch(num_prompts: int, batch_size: int, mesh: Mesh) -> None:
+    problems = [] if num_prompts else ["there is no prompt"]
+    if batch_size < 1 or batch_size % mesh.size:
+        problems.append(f"batch_size is {batch_size}, expected a multiple of {mesh.size} devices")
+    if problems:
+        raise ValueError("cannot calibrate: " + "; ".join(problems))

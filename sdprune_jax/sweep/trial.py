@@ -1,0 +1,261 @@
+"""One point of a sweep: pruned in memory, rendered, measured."""
+
+import dataclasses
+import pathlib
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from sdprune_jax import checkpoint, config, convert, pipeline, sharding, sites
+from sdprune_jax.evaluate import images, networks, scores, task
+from sdprune_jax.evaluate import run as evaluate
+from sdprune_jax.evaluate.protocols import Protocol
+from sdprune_jax.pruning import calibrate, methods
+from sdprune_jax.pruning import run as pruning
+from sdprune_jax.sweep import cliff, points
+
+_AT_ONCE = 64  # latents in memory
+
+DISTANCE = "latent_mse_to_dense"
+_Part = tuple[Sequence[str], calibrate.Stats]
+
+
+class Bench(NamedTuple):
+    """What all points share, computed once.
+
+    Attributes:
+        run: the experiment.
+        mesh: of `sharding.make_mesh`.
+        model: configs of the dense one.
+        protocol: how images are made and measured.
+        size: height and width of images, in pixels.
+        asked: prompts and reference pictures.
+        folder: of the images of all points.
+        sample: the compiled sampler; a masked model runs the same program.
+        networks: that measure, by name.
+        params: of the dense model, by component, on the devices.
+        flat: of the components that points prune, float32 arrays on the host by path.
+        widest: by component and statistic, the layers of all points that need it.
+        stats: of the dense model's layers, by component, statistic and seed; filled when asked for.
+    """
+
+    run: config.Run
+    mesh: Mesh
+    model: checkpoint.Model
+    protocol: Protocol
+    size: tuple[int, int]
+    asked: task.Task
+    folder: pathlib.Path
+    sample: pipeline.Sample
+    networks: Mapping[str, networks.Network]
+    params: Mapping[str, Any]
+    flat: Mapping[str, Mapping[str, np.ndarray]]
+    widest: Mapping[tuple[str, str], list[str]]
+    stats: dict[tuple[str, str, int], calibrate.Stats | None]
+
+
+def open_bench(
+    run: config.Run,
+    mesh: Mesh,
+    model: checkpoint.Model,
+    protocol: Protocol,
+    asked: task.Task,
+    size: tuple[int, int],
+    folder: pathlib.Path,
+) -> Bench:
+    """Loads the dense model and the networks, and compiles nothing yet."""
+    section = run.sweep
+    assert section is not None
+    sample = pipeline.make_sample(
+        model, mesh, sampler=protocol.sampler, num_steps=protocol.num_steps,
+        guided=protocol.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
+    )  # fmt: skip
+    widest: dict[tuple[str, str], list[str]] = {}
+    pruned = set()
+    for point in section.points:
+        for name, part in points.sections(point).items():
+            pruned.add(name)
+            if statistic := methods.STATISTIC[part.method]:
+                layers = sites.prunable(checkpoint.param_shapes(model, name), name, part.scope)
+                known = widest.get((name, statistic), [])
+                widest[name, statistic] = list(dict.fromkeys([*known, *layers]))
+    params = pipeline.load(model, mesh, run.variant or None)
+    flat = {
+        name: {path: sharding.to_host(x) for path, x in convert.flatten(params[name]).items()}
+        for name in sorted(pruned)
+    }
+    return Bench(
+        run, mesh, model, protocol, size, asked, folder, sample,
+        evaluate.load_networks(section.measure, protocol, model),
+        params, flat, widest, {},
+    )  # fmt: skip
+
+
+def dense(bench: Bench, seed: int, folder: pathlib.Path) -> dict[str, Any]:
+    """The dense model's row: its figures, and those that chance gets.
+
+    Args:
+        bench: of `open_bench`.
+        seed: of the noise.
+        folder: of its images, which all stay.
+    """
+    start = time.perf_counter()
+    _render(bench, bench.params, seed, folder)
+    figures = _measure(bench, folder)
+    num = len(bench.asked.prompts)
+    batches = (
+        images.latents(folder, range(first, min(first + _AT_ONCE, num)))
+        for first in range(0, num, _AT_ONCE)
+    )
+    chance = {name: figure["chance"] for name, figure in figures.items() if "chance" in figure}
+    return {
+        "seed": seed,
+        "figures": figures,
+        "chance": chance | {DISTANCE: cliff.spread(batches)},
+        "images": str(folder.relative_to(bench.folder.parent)),
+        "seconds": {"render and measure": round(time.perf_counter() - start, 3)},
+    }
+
+
+def trial(
+    bench: Bench,
+    point: config.SweepPoint,
+    seed: int,
+    folder: pathlib.Path,
+    of_dense: pathlib.Path,
+) -> dict[str, Any]:
+    """A point's row.
+
+    Args:
+        bench: of `open_bench`.
+        point: what to prune, and how.
+        seed: of the noise, of the calibration, and of random scores.
+        folder: of its images, in a directory of their own; an interrupted trial goes on from them.
+        of_dense: the folder of the dense model's images of the same seed.
+    """
+    clock = [time.perf_counter()]
+    params, parts, zeros = dict(bench.params), {}, 0
+    for name, section in points.sections(point).items():
+        params[name], done = prune(bench, name, section, seed)
+        zeros += done["zeros"]
+        parts[name] = {
+            "method": points.method(section), "sparsity": section.sparsity,
+            "zeros": done["zeros"], "of_prunable": done["of_prunable"],
+            "settings": dataclasses.asdict(section),
+        }  # fmt: skip
+    clock.append(time.perf_counter())
+    _render(bench, params, seed, folder)
+    clock.append(time.perf_counter())
+    figures = _measure(bench, folder)
+    assert bench.run.sweep is not None
+    resamples = bench.run.sweep.measure.num_resamples
+    figures |= scores.to_dense(folder, of_dense, len(bench.asked.prompts), resamples)
+    clock.append(time.perf_counter())
+    seconds = np.diff(clock).round(3).tolist()
+    return {
+        "seed": seed,
+        **points.sparsity(point, _shapes(bench), zeros)._asdict(),
+        "components": parts,
+        "figures": figures,
+        "images": str(folder.relative_to(bench.folder.parent)),
+        "seconds": dict(zip(("prune", "render", "measure"), seconds, strict=True)),
+    }
+
+
+def failed(bench: Bench, point: config.SweepPoint, seed: int, why: str) -> dict[str, Any]:
+    """The row of a point whose images are not finite, which has no figures."""
+    found = points.expected(point, _shapes(bench))
+    parts = {
+        name: {"method": points.method(section), "sparsity": section.sparsity}
+        for name, section in points.sections(point).items()
+    }
+    return {
+        "seed": seed, **found._asdict(), "components": parts, "figures": {}, "failed": why,
+    }  # fmt: skip
+
+
+def keep(folder: pathlib.Path, num_images: int, num_kept: int) -> None:
+    """Removes what a measured point leaves, but for its first images."""
+    shutil.rmtree(folder.parent / "cache", ignore_errors=True)
+    for i in range(num_kept, num_images):
+        path = images.picture_path(folder, i)
+        path.unlink(missing_ok=True)
+        path.with_suffix(".npy").unlink(missing_ok=True)
+
+
+def prune(
+    bench: Bench, component: str, section: config.PruneComponent, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A component of the dense model, pruned and on the devices, and what was done to it."""
+    shapes = checkpoint.param_shapes(bench.model, component)
+    layers = sites.prunable(shapes, component, section.scope)
+    dense = bench.flat[component]
+    flat = dict(dense) | {path: dense[path].copy() for path in layers}  # the rest is only read
+    done = pruning.prune_component(
+        flat, layers, section, _parts(bench, component, section, seed, layers, flat), seed
+    )
+    placed = sharding.fsdp_shardings(shapes, bench.mesh)
+    return jax.device_put(convert.unflatten(flat, shapes), placed), done
+
+
+def _parts(
+    bench: Bench,
+    component: str,
+    section: config.PruneComponent,
+    seed: int,
+    layers: list[str],
+    flat: Mapping[str, np.ndarray],
+) -> Iterable[_Part]:
+    """Layers and what they read: once for all points, if all that fits in memory together."""
+    statistic = methods.STATISTIC[section.method]
+    if statistic is None:
+        return [(layers, {})]
+    assert bench.run.sweep is not None
+    calibration = pruning.Calibration(
+        bench.run.sweep.calibration, bench.model, component, bench.mesh,
+        seed=seed, variant=bench.run.variant,
+    )  # fmt: skip
+    key, widest = (component, statistic, seed), bench.widest[component, statistic]
+    if key not in bench.stats:
+        fits = len(calibration.packages(widest, statistic)) == 1
+        if not fits:
+            logging.warning(
+                "statistics (%s) of the %s exceed calibration.max_gigabytes: every point computes"
+                " its own, in parts",
+                statistic, component,
+            )  # fmt: skip
+        dense = bench.flat[component]
+        bench.stats[key] = calibration.stats(dense, widest, statistic) if fits else None
+    found = bench.stats[key]
+    if found is None:
+        return calibration.parts(flat, layers, statistic)
+    return [(layers, {path: found[path] for path in layers})]
+
+
+def _render(bench: Bench, params: Mapping[str, Any], seed: int, folder: pathlib.Path) -> None:
+    assert bench.run.sweep is not None
+    images.complete(
+        folder, bench.model, params, bench.sample, bench.asked.prompts, size=bench.size, seed=seed,
+        guidance_scale=bench.protocol.guidance_scale, negative_prompt="",
+        batch_size=bench.run.sweep.measure.batch_size,
+    )  # fmt: skip
+
+
+def _measure(bench: Bench, folder: pathlib.Path) -> scores.Figures:
+    assert bench.run.sweep is not None
+    found = evaluate.measure(
+        bench.run.sweep.measure, bench.mesh, bench.protocol, bench.networks, {"": folder},
+        bench.asked, bench.folder / "cache",
+    )  # fmt: skip
+    return found[""]
+
+
+def _shapes(bench: Bench) -> dict[str, Any]:
+    return {name: checkpoint.param_shapes(bench.model, name) for name in points.COMPONENTS}

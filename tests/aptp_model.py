@@ -1,0 +1,76 @@
+"""A model directory with the smallest UNet of every kind of site, and a router for it."""
+
+import dataclasses
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+from sdprune_jax import checkpoint, config, sites, tensors
+from sdprune_jax.aptp import layout, router
+from sdprune_jax.models import unet, vae
+
+UNET = unet.UNetConfig(
+    sample_size=8,
+    block_out_channels=(16, 32),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    attention_head_dim=(2, 4),
+    cross_attention_dim=12,
+    norm_num_groups=4,
+)
+LAYOUT = layout.layout_of(sites.table(UNET))
+DATA = config.RouterData(num_images=24, captions_per_image=2)
+
+
+def make(directory: pathlib.Path) -> checkpoint.Model:
+    """Random parameters, biases and norms too; the tokenizer is that of the embedded model."""
+    embedded = checkpoint.open_model(checkpoint.directory_of("embedded"))
+    text = dataclasses.replace(
+        embedded.text_encoder, hidden_size=12, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    vae_config = vae.VAEConfig(
+        sample_size=64, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2,
+        scaling_factor=1.0,
+    )  # fmt: skip
+    model = dataclasses.replace(embedded, text_encoder=text, unet=UNET, vae=vae_config)
+    params = {
+        name: random_params(checkpoint.param_shapes(model, name), seed)
+        for seed, name in enumerate(checkpoint.COMPONENTS)
+    }
+    checkpoint.save(model, params, directory, dtype=np.float32)
+    return checkpoint.open_model(directory)
+
+
+def random_params(shapes, seed):
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        if path[-1].key == "scale":
+            return 1 + np.float32(0.3) * noise
+        return noise / np.float32(math.prod(leaf.shape[:-1] or (10,)) ** 0.5)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def write_router(workdir: pathlib.Path, model: checkpoint.Model, **changes) -> config.Router:
+    """A finished router of three codes that close about a third of all gates."""
+    section = config.Router(**{"num_codes": 3, "macs_budget": 0.7, "data": DATA} | changes)
+    width = model.text_encoder.hidden_size
+    params = router.init_params(LAYOUT, width, section.num_codes, 0)
+    rng = np.random.default_rng(1)
+    shape = params["codes"].shape
+    params["codes"] = rng.normal(-2.8, 1.0, size=shape).astype(np.float32)
+    params["predictor"]["heads"]["bias"] -= np.float32(2.8)
+    (workdir / "router").mkdir(parents=True)
+    checkpoint.save_params(workdir / "router", params, dtype=np.float32, name="model")
+    values = {
+        "made_from": "by hand", "model": str(model.directory), "variant": "", "seed": 0,
+        "embedding_dim": width, "latent_size": [8, 8], "section": dataclasses.asdict(section),
+    }  # fmt: skip
+    tensors.write_json(workdir / "router" / "router.json", values)
+    return section
