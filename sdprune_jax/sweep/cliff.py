@@ -115,7 +115,7 @@ def bisect(
     return Cliff(low, high)
 
 
-def spread(latents: Iterable[Float[np.ndarray, "b h w c"]]) -> float:
+def spread(latents: Iterable[Float[np.ndarray, "_ h w c"]]) -> float:
     """The mean squared difference of latents to the mean of all, without bias.
 
     Args:
