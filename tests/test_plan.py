@@ -84,7 +84,7 @@ def test_card_of_the_recommended_point(tmp_path):
 
 
 def test_card_follows_its_sections(tiny):
-    part = config.PruneComponent(0.35, "linear+conv", "rz")
+    part = config.PruneComponent(sparsity=0.35, scope="linear+conv", threshold="rz")
     generate = config.Generate(sampler="ddim", num_steps=7, guidance_scale=1.0, height=8, width=20)
     run = config.Run(model=tiny, prune=config.Prune(unet=part), generate=generate)
     card = plan.card(run, 1)
