@@ -115,6 +115,7 @@ def _hopeless(stats):
     [
         ({"method": "sparsegpt", "group": "output"}, "has its own blocks"),
         ({"method": "wanda", "threshold": "rz"}, "layer-wise magnitude only"),
+        ({"allocation": "owl", "threshold": "rz"}, "uniform layer-wise magnitude only"),
         ({"allocation": "owl", "group": "component"}, "its own sparsity"),
         ({"pattern": "2:4", "sparsity": 0.4}, "set sparsity to that"),
         ({"pattern": "4:8"}, r"conv\.weight"),  # 4 channels

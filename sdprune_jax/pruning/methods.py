@@ -57,10 +57,9 @@ def check(kernels: Mapping[str, Any], section: config.PruneComponent) -> None:
     group, pattern = section.group, section.pattern
     if section.method == "sparsegpt" and group not in (None, "layer"):
         problems.append(f"group={group} has no meaning for sparsegpt, which has its own blocks")
-    if section.threshold == "rz" and (section.method, group or "layer", pattern) != (
-        "magnitude", "layer", "unstructured",
-    ):  # fmt: skip
-        problems.append("threshold=rz is a rule of layer-wise magnitude only")
+    rule = (section.method, group or "layer", pattern, section.allocation)
+    if section.threshold == "rz" and rule != ("magnitude", "layer", "unstructured", "uniform"):
+        problems.append("threshold=rz is a rule of uniform layer-wise magnitude only")
     if section.allocation == "owl" and (group or "layer") not in ("layer", "output"):
         problems.append(f"allocation=owl gives every layer its own sparsity; group={group} none")
     if pattern != "unstructured":
