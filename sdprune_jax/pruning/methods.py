@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Bool, Float, Key
 
 from sdprune_jax import config, convert
@@ -163,7 +164,7 @@ def prune(
 def _score(
     kernel: Float[np.ndarray, "..."], section: config.PruneComponent, stats: LayerStats | None
 ) -> Float[np.ndarray, "..."]:
-    if section.method != "wanda":
+    if STATISTIC[section.method] is None:
         return np.asarray(scores.magnitude(kernel))
     assert stats is not None
     return np.asarray(scores.wanda(kernel, np.asarray(recorder.mean_square(stats))))
@@ -181,6 +182,8 @@ def _solve(
         if id(moment) not in factors:
             factors[id(moment)] = obs.factorise(stats[path], section.damping)
         factor = factors[id(moment)]
+        if not factor.is_positive:
+            logging.warning("%s: no factor even with damping 1, so by magnitude", path)
         flat = jnp.asarray(kernel, jnp.float32).reshape(-1, kernel.shape[-1])
         if section.pattern == "unstructured":
             solution = obs.unstructured(flat, factor, removed[path])
