@@ -175,3 +175,8 @@ def test_dry_run_prints_a_card_and_writes_nothing(file, monkeypatch, capsys):
     main.main(_parse(f"--config={file}", "--dry_run"))
     assert capsys.readouterr().out == f"{file.with_name('work')} on 8\n"
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_cpu_becomes_as_many_devices_as_the_config_says(file):
+    done = _program(f"--config={file}:tiny", "--config.mesh.cpu_devices=2", "--dry_run")
+    assert "devices data 2 x fsdp 1" in done.stdout, done.stderr

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,3 +67,23 @@ def test_rows_of_one_group_come_in_runs():
         [train.rows_of_batch(480, 96, s, seed=0, groups=groups) for s in range(5)]
     )
     assert sorted(seen) == list(range(480))
+
+
+def test_an_image_is_read_through_the_patches_that_are_kept_and_no_others():
+    section = config.PretrainCLIP(width=32, heads=2, vision_layers=2, text_layers=2)
+    settings = contrastive.configure(section, 600)
+    params = train.init_params(clip.clip_param_shapes(settings), 0)
+    embed = jax.jit(partial(clip.CLIP(settings).apply, {"params": params}, method="embed_images"))
+    image = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    shuffled = np.random.default_rng(1).permutation(64)
+    np.testing.assert_allclose(embed(image, np.stack([shuffled] * 2)), embed(image), atol=1e-5)
+
+    kept = contrastive.halves(2, settings.vision, [0, 0])
+    assert [len(set(row)) for row in kept.tolist()] == [32, 32]
+    changed = image.copy()
+    for row, patches in enumerate(kept):
+        for patch in set(range(64)) - set(patches.tolist()):
+            top, left = patch // 8 * 8, patch % 8 * 8
+            changed[row, top : top + 8, left : left + 8] = 5
+    np.testing.assert_allclose(embed(changed, kept), embed(image, kept), atol=1e-5)
+    assert np.abs(embed(changed) - embed(image)).max() > 1e-2
