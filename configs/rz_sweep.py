@@ -8,7 +8,7 @@ and 35 % 0.3113 / 18.15, of which 38.53 % is nominal and 20.14 % zero. Known to 
 has a seed here; OWL by magnitude takes its outliers from magnitudes, theirs from Wanda; Wanda reads
 the dense encoder, theirs the one pruned so far.
 
-On the embedded model, with 64 prompts, about two hours on 2 cores; `--dry_run` lists it all.
+On the embedded model, with 64 prompts, hours on 2 cores; `--dry_run` lists it all.
 
     python -m sdprune_jax.main --config=configs/rz_sweep.py[:tiny]
     python -m sdprune_jax.main --config=configs/rz_sweep.py --config.model=models/sd2 \
