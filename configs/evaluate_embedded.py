@@ -1,8 +1,8 @@
 """Measures what the headline sparsities cost the embedded model, with intervals.
 
 Text encoder 47.5 % and UNet 35 % by layer-wise magnitude (https://arxiv.org/abs/2411.15113), under
-the protocol `embedded`: 512 training captions, 25 steps of PNDM, guidance 3. Under 10 minutes on
-2 cores, and it goes on where it was stopped.
+the protocol `embedded`: 512 training captions, 25 steps of PNDM, guidance 3. 4 minutes on 2
+cores, and it goes on where it was stopped.
 
 python -m sdprune_jax.main --config=configs/evaluate_embedded.py[:tiny]
 """

@@ -38,7 +38,9 @@ def figures(evaluation: Mapping[str, Any]) -> str:
                 f"{charts.intervals(held, _label(name))}</figure>"
             )
     protocol = evaluation["protocol"]
-    notes = [protocol["remarks"], f"Source: {protocol['source']}."]
+    remarks = protocol["remarks"]
+    notes = [f"{remarks[:1].upper()}{remarks[1:]}." if remarks else ""]
+    notes.append(f"Source: {protocol['source']}.")
     if protocol["evaluated"] != protocol["num_images"]:
         notes.append("With another number of images, distances do not compare with published ones.")
     return charts.section(

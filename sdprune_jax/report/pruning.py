@@ -57,6 +57,11 @@ def sparsity(prune: Mapping[str, Any]) -> str:
         ["Parameters", *counts("parameters")],
         ["Scope: layers that may lose weights", *words("scope")],
         ["Threshold rule", *words("threshold")],
+        *(
+            [["Method", *words("method")]]
+            if all("method" in part for part in parts.values())
+            else []
+        ),
     ]
     note = f"Rounding to {prune['save_dtype']} made {total['underflow_zeros']:,} zeros more."
     return charts.section(
