@@ -49,10 +49,23 @@ def directory_of(name: str) -> pathlib.Path:
     return pathlib.Path(__file__).parent / "embedded" if name == "embedded" else pathlib.Path(name)
 
 
-def models_of_run(model: str, workdir: str | os.PathLike[str]) -> dict[str, pathlib.Path]:
-    """The directories to compare: `dense`, and `pruned` if the run has made one."""
-    pruned = pathlib.Path(workdir) / "pruned"
-    return {"dense": directory_of(model)} | ({"pruned": pruned} if pruned.is_dir() else {})
+def models_of_run(
+    model: str, workdir: str | os.PathLike[str]
+) -> dict[str, tuple[pathlib.Path, ...]]:
+    """The directories of the models to compare: of `dense`, and of what the run has made.
+
+    `pruned` has one too; `routed` has one an expert, in their order: as it was fine-tuned, or, if
+    it had no prompts to learn from, as it was cut.
+    """
+    work = pathlib.Path(workdir)
+    found: dict[str, tuple[pathlib.Path, ...]] = {"dense": (directory_of(model),)}
+    if (work / "pruned").is_dir():
+        found["pruned"] = (work / "pruned",)
+    paths = [*(work / "experts").glob("[0-9]*"), *(work / "finetuned").glob("[0-9]*")]
+    experts = {int(path.name): path for path in paths if path.name.isdigit()}
+    if experts:
+        found["routed"] = tuple(experts[index] for index in sorted(experts))
+    return found
 
 
 def open_model(directory: str | os.PathLike[str]) -> Model:

@@ -123,6 +123,20 @@ def _clashes(run: config.Run) -> list[str]:
     found = []
     if run.prune and not (run.prune.text_encoder or run.prune.unet):
         found.append("config.prune has no component; set config.prune.unet or .text_encoder")
+    if run.slice and run.materialise:
+        found.append(
+            "config.slice and config.materialise would both write the run's experts; set one to"
+            " none, or give them different workdirs"
+        )
+    texts = {"prune.text_encoder": run.prune.text_encoder} if run.prune else {}
+    for i, point in enumerate(run.sweep.points if run.sweep else ()):
+        texts[f"sweep.points[{i}].text_encoder"] = point.text_encoder
+    found += [
+        f"config.{key}.method is taylor, but the denoising loss is of the UNet alone; use another"
+        " of its methods"
+        for key, part in texts.items()
+        if part and part.method == "taylor"
+    ]
     for i, point in enumerate(run.sweep.points if run.sweep else ()):
         if not (point.text_encoder or point.unet):
             found.append(

@@ -1,10 +1,12 @@
 """Stage `generate`: the same prompts and noise through every model of the run."""
 
+import collections
 import dataclasses
 import pathlib
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdprune_jax import checkpoint, config, pipeline, tensors
+from sdprune_jax.aptp import routed
 from sdprune_jax.data import cache, captions, emoji, tokenizer
 from sdprune_jax.metrics import embedded, paired
 
@@ -22,7 +25,8 @@ from sdprune_jax.metrics import embedded, paired
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """Writes `workdir/images/<model>/0000.png` … and `workdir/images/generate.json`.
 
-    Models are `dense`, the run's own, and `pruned`, if the run has made one.
+    Models are `dense`, the run's own; `pruned`; and `routed`, the experts of the run, each for the
+    prompts that are its own: what of these the run has made.
 
     Raises:
         ValueError: naming everything that cannot be generated as asked.
@@ -30,14 +34,14 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     section, work = run.generate, pathlib.Path(run.workdir)
     assert section is not None
     directories = checkpoint.models_of_run(run.model, work)
-    models = {name: checkpoint.open_model(path) for name, path in directories.items()}
+    dense = checkpoint.open_model(directories["dense"][0])
     prompts, concept, style = _prompts(section, run.seed)
-    height, width = _size(section, models["dense"], mesh)
+    height, width = _size(section, dense, mesh)
 
     output = work / "images"
     made_from = cache.fingerprint(
         dataclasses.asdict(section), run.seed, run.dtype, prompts,
-        [cache.directory_state(path) for path in directories.values()],
+        list(routed.states(directories, work).values()),
     )  # fmt: skip
     record = output / "generate.json"
     if record.exists() and tensors.read_json(record)["made_from"] == made_from:
@@ -48,24 +52,34 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
     samples: dict[Any, pipeline.Sample] = {}
     images, results = {}, {}
-    for name, model in models.items():
-        architecture = (model.text_encoder, model.unet, model.vae, model.schedule)
-        if architecture not in samples:  # a masked model runs the same program
-            samples[architecture] = pipeline.make_sample(
-                model, mesh, sampler=section.sampler, num_steps=section.num_steps,
-                guided=section.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
-            )  # fmt: skip
+    for name, drawn in routed.models(directories, work, dense, prompts, mesh).items():
         variant = run.variant if name == "dense" else ""
-        images[name], seconds = _generate(
-            model, samples[architecture], prompts, section, run.seed, (height, width), mesh, variant
-        )
+        pictures: dict[int, np.ndarray] = {}
+        seconds: collections.Counter[str] = collections.Counter()
+        for directory, index in drawn.parts():
+            model = checkpoint.open_model(directory)
+            architecture = (model.text_encoder, model.unet, model.vae, model.schedule)
+            if architecture not in samples:  # a masked model runs the same program
+                samples[architecture] = pipeline.make_sample(
+                    model, mesh, sampler=section.sampler, num_steps=section.num_steps,
+                    guided=section.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
+                )  # fmt: skip
+            found, times = _generate(
+                model, samples[architecture], prompts, index, section, run.seed, (height, width),
+                mesh, variant,
+            )  # fmt: skip
+            pictures |= zip(index, found, strict=True)
+            seconds.update(times)
+        images[name] = np.stack([pictures[i] for i in range(len(prompts))])
         (partial / name).mkdir(parents=True)
         files = [f"{name}/{i:04d}.png" for i in range(len(prompts))]
         for file, image in zip(files, images[name], strict=True):
             Image.fromarray(image).save(partial / file)
-        results[name] = {"directory": str(directories[name]), "files": files} | seconds
-        results[name] |= _scores(directories["dense"], images[name], concept, style)
-    for name in models:
+        results[name] = drawn.said() | {"files": files} | _timing(seconds)
+        if len(drawn.directories) > 1:
+            results[name]["expert"] = drawn.expert.tolist()
+        results[name] |= _scores(directories["dense"][0], images[name], concept, style)
+    for name in images:
         if name != "dense":
             pairs = (images[kind] / np.float32(127.5) - 1 for kind in (name, "dense"))
             results[name]["psnr_to_dense"] = paired.psnr(*pairs).tolist()
@@ -73,7 +87,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     chance = {f"clip_embedded_r_at_{k}": k / len(emoji.concepts()) for k in (1, 10)}
     protocol = {
         "prompts": section.prompts + (f":{section.split}" if concept is not None else ""),
-        "sampler": section.sampler or models["dense"].schedule.class_name,
+        "sampler": section.sampler or dense.schedule.class_name,
         "num_steps": section.num_steps,
         "guidance_scale": section.guidance_scale,
         "negative_prompt": section.negative_prompt,
@@ -123,31 +137,38 @@ def _generate(
     model: checkpoint.Model,
     sample: pipeline.Sample,
     prompts: list[str],
+    index: list[int],
     section: config.Generate,
     seed: int,
     size: tuple[int, int],
     mesh: Mesh,
     variant: str,
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Images as bytes, and the seconds of the first batch (compilation included) and the rest."""
+    """Images as bytes; how many came after the first batch, and the seconds of it and of all."""
     params = pipeline.load(model, mesh, variant or None)
     batches = pipeline.render(
-        model, params, sample, prompts, range(len(prompts)), size=size, seed=seed,
+        model, params, sample, prompts, index, size=size, seed=seed,
         guidance_scale=section.guidance_scale, negative_prompt=section.negative_prompt,
         batch_size=section.batch_size,
     )  # fmt: skip
     images, seconds, start = [], [], time.perf_counter()
-    with tqdm(desc="images", total=len(prompts), disable=not sys.stderr.isatty()) as bar:
+    with tqdm(desc="images", total=len(index), disable=not sys.stderr.isatty()) as bar:
         for batch in batches:
             images.append(batch.images)
             seconds.append(time.perf_counter() - start)
             start = time.perf_counter()
             bar.update(len(batch.index))
-    logging.info("%d images in %.1f s", len(prompts), sum(seconds))
-    timing = {"first_batch_seconds": seconds[0], "seconds": sum(seconds)}
-    if len(seconds) > 1:
-        timing["seconds_per_image"] = sum(seconds[1:]) / (len(prompts) - len(images[0]))
-    return np.concatenate(images), timing
+    logging.info("%d images in %.1f s", len(index), sum(seconds))
+    times = {"first": seconds[0], "all": sum(seconds), "rest": len(index) - len(images[0])}
+    return np.concatenate(images), times
+
+
+def _timing(times: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of first batches, compilation included, of all, and of an image of the others."""
+    timing = {"first_batch_seconds": times["first"], "seconds": times["all"]}
+    if times["rest"]:
+        timing["seconds_per_image"] = (times["all"] - times["first"]) / times["rest"]
+    return timing
 
 
 def _scores(

@@ -86,15 +86,7 @@ def by_site(
     Raises:
         ValueError: if the counter is unknown.
     """
-    if counter not in COUNTERS:
-        raise ValueError(f"counter is {counter!r}, expected one of {COUNTERS}")
-    layers = _unet_layers(config, latent_size, text_tokens)
-    work = {path: getattr(layer, counter) for path, layer in layers.items()}
-    costs = {path: sum(macs) if counter == "exact" else macs for path, macs in work.items()}
-    total = sum(costs.values())
-    if counter == "paper":
-        total += 4 * sum(layer.activations for layer in layers.values())
-
+    costs, total = _costs(config, latent_size, text_tokens, counter)
     found = {}
     for site in sites.table(config):  # the width sites come first
         if site.kind == "depth":
@@ -123,6 +115,24 @@ def per_unit(
     return saved
 
 
+def by_operator(
+    config: unet.UNetConfig,
+    latent_size: tuple[int, int],
+    text_tokens: int = 77,
+    counter: str = "exact",
+) -> SiteMacs:
+    """Splits the MACs of a UNet call among its whole blocks, the sites of `sites.operators`.
+
+    Args and errors as of `by_site`.
+    """
+    costs, total = _costs(config, latent_size, text_tokens, counter)
+    found = {}
+    for site in sites.operators(config):
+        block = site.name.removesuffix("depth")
+        found[site.name] = sum(cost for path, cost in costs.items() if path.startswith(block))
+    return SiteMacs(found, total - sum(found.values()))
+
+
 def of_text(config: clip.TextConfig) -> Macs:
     """One prompt, at full length."""
     ids = jax.ShapeDtypeStruct((1, config.max_position_embeddings), jnp.int32)
@@ -133,6 +143,21 @@ def of_decoder(config: vae.VAEConfig, latent_size: tuple[int, int]) -> Macs:
     """Latents to one image; `latent_size` is height and width."""
     latents = jax.ShapeDtypeStruct((1, *latent_size, config.latent_channels), jnp.float32)
     return _total(_layers(vae.VAE(config), "decode", latents))
+
+
+def _costs(
+    config: unet.UNetConfig, latent_size: tuple[int, int], text_tokens: int, counter: str
+) -> tuple[dict[str, int], int]:
+    """MACs of every layer by path, and of the whole UNet."""
+    if counter not in COUNTERS:
+        raise ValueError(f"counter is {counter!r}, expected one of {COUNTERS}")
+    layers = _unet_layers(config, latent_size, text_tokens)
+    work = {path: getattr(layer, counter) for path, layer in layers.items()}
+    costs = {path: sum(macs) if counter == "exact" else macs for path, macs in work.items()}
+    total = sum(costs.values())
+    if counter == "paper":
+        total += 4 * sum(layer.activations for layer in layers.values())
+    return costs, total
 
 
 class _Layer(NamedTuple):

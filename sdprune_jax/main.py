@@ -1,6 +1,9 @@
 """Runs the stages that a config asks for, in this order.
 
 python -m sdprune_jax.main --config=configs/NAME.py[:tiny] [--config.KEY=VALUE ...] [--dry_run]
+
+Ends with status 0 when all is done; 2 for a mistake of the user; 143 after SIGTERM, or 130 after
+Ctrl-C, which a training saves its step before. The same command then goes on from there.
 """
 
 import ctypes
@@ -26,12 +29,13 @@ def main(command: command_line.Command) -> None:
     if run.mesh.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", run.mesh.cpu_devices)
     _cache_compilations()
-    keep_freed_memory()
     if command.dry_run:
         from sdprune_jax import plan
 
         print(plan.card(run, jax.device_count()))
         return
+    sharding.start_processes(run.mesh.coordinator, run.mesh.num_processes, run.mesh.process_id)
+    keep_freed_memory()
     for path in run_stages(run):
         print(path)  # the report is the last: the line to look at
 
@@ -45,7 +49,8 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
     if not any(getattr(run, stage) for stage in config.STAGES):
         raise ValueError(f"the config sets no stage: none of {', '.join(config.STAGES)}")
     mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp)
-    save(run)
+    if jax.process_index() == 0:
+        save(run)
     paths = []
     if run.pretrain:
         from sdprune_jax.pretrain import run as pretrain
@@ -67,6 +72,10 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
         from sdprune_jax.aptp import experts
 
         paths.append(experts.materialise(run, mesh))
+    if run.slice:
+        from sdprune_jax.pruning import slicing
+
+        paths.append(slicing.run(run, mesh))
     if run.finetune:
         from sdprune_jax.aptp import finetune
 

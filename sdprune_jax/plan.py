@@ -49,9 +49,14 @@ def card(run: config.Run, num_devices: int) -> str:
     ]
     if run.prune:
         parts.append(_aligned(_zeros(shapes, run.prune)))
+    if run.slice:
+        what, share = run.slice.criterion, f"{run.slice.macs_budget:.1%} of the UNet's MACs"
+        fixed = what.startswith("bksdm-")
+        parts.append(f"slice: {what}, to {'a fixed list of blocks' if fixed else share}")
     if run.pretrain:
         parts.append(_aligned(_trainings(run.pretrain, shapes, mesh)))
-    models = "dense and pruned" if run.prune else "dense"
+    others = {"pruned": run.prune, "routed": run.materialise or run.slice}
+    models = " and ".join(["dense", *(name for name, is_made in others.items() if is_made)])
     if run.generate:
         batch, count = run.generate.batch_size, run.generate.num_prompts
         parts.append(f"generate: {count:,} prompts, {batch} at once, {models}")

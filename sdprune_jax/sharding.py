@@ -1,34 +1,101 @@
 """The device mesh, the one sharding rule, and the start of a multi-host run."""
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int, Shaped
 
 MIN_SHARDED_BYTES = 4 * 2**20  # smaller arrays are cheaper to replicate than to gather
+_HEARTBEAT_SECONDS = 30  # of silence until a process counts as dead, and the others end
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """A `(data, fsdp)` mesh over all devices; -1 for `data` takes what `fsdp` leaves.
+def start_processes(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Makes one run of the processes of several hosts, before any other use of JAX.
+
+    Args:
+        coordinator: where they find each other. Empty: there is only this one, and nothing is
+            done. `auto`: as Cloud TPU, Slurm, Open MPI or Kubernetes says. Otherwise `HOST:PORT`
+            of the first process.
+        num_processes: only with `HOST:PORT`; 0 otherwise.
+        process_id: of this process, from 0; only with `HOST:PORT`.
 
     Raises:
-        ValueError: if the product of the axes is not the number of devices.
+        ValueError: if the three do not fit together, or the processes do not find each other.
     """
-    count = jax.device_count()
-    legal = [n for n in range(1, count + 1) if count % n == 0]
+    given = f"mesh.coordinator={coordinator!r}, num_processes={num_processes}, {process_id=}"
+    explicit = coordinator not in ("", "auto")
+    if explicit and not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"{given}: expected HOST:PORT of the first process, `auto`, or nothing")
+    if explicit and process_id >= num_processes:
+        raise ValueError(f"{given}: expected process_id from 0 to num_processes - 1 on each")
+    if not explicit and (num_processes or process_id):
+        raise ValueError(f"{given}: the last two are only for a coordinator HOST:PORT")
+    if not coordinator:
+        return
+    # It would swallow SIGTERM, in stages that train nothing too; `signals` sees to it.
+    jax.config.update("jax_enable_preemption_service", False)
+    address = (coordinator, num_processes, process_id) if explicit else (None, None, None)
+    try:
+        jax.distributed.initialize(
+            *address,
+            cluster_detection_method="deactivate" if explicit else None,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError, KeyError) as error:
+        hint = "start it by srun, mpirun, a JobSet or on every worker of a TPU, or give HOST:PORT"
+        if explicit:
+            hint = "start all of them, with the same address, which every host can reach"
+        raise ValueError(f"{given}: {str(error).splitlines()[0]}; {hint}") from error
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A `(data, fsdp)` mesh over all devices; -1 for `data` takes what `fsdp` leaves.
+
+    Args:
+        data: devices along the axis that may cross from one slice of TPUs to another.
+        fsdp: devices along the axis within a slice.
+        devices: all of this run; others to compile for them.
+
+    Raises:
+        ValueError: if the axes do not fit the devices.
+    """
+    grid = arrange(data, fsdp, jax.devices() if devices is None else devices)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def arrange(data: int, fsdp: int, devices: Sequence[Any]) -> Shaped[np.ndarray, "data fsdp"]:
+    """The devices in the places that their network is fastest for; see `make_mesh`."""
+    count = len(devices)
+    # The network between slices of TPUs is slow; a device of the only slice does not name it. What
+    # GPUs call a slice is a host.
+    is_tpu = devices[0].platform == "tpu"
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
+    of_slice = count // num_slices
+    legal = [n for n in range(1, of_slice + 1) if of_slice % n == 0]
     if fsdp not in legal:
-        raise ValueError(f"mesh.fsdp={fsdp} does not divide {count} devices; use one of {legal}")
+        where = f" in each of {num_slices} slices" if num_slices > 1 else ""
+        raise ValueError(
+            f"mesh.fsdp={fsdp} does not divide {of_slice} devices{where}; use one of {legal}"
+        )
     if data not in (-1, count // fsdp):
         raise ValueError(
             f"mesh.data={data} times mesh.fsdp={fsdp} is not {count} devices;"
             f" use data={count // fsdp}, or -1 for all that are left"
         )
-    axes = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((count // fsdp, fsdp), ("data", "fsdp"), axis_types=axes)
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(
+            (count // fsdp, fsdp), devices, allow_split_physical_axes=True
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (of_slice // fsdp, fsdp), (num_slices, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -40,11 +107,46 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts arrays on their devices; those of the host are the same on every process.
+
+    Args:
+        tree: of host arrays, or of arrays that are on all devices already.
+        shardings: one of all leaves, or a tree of the same form.
+    """
+
+    def put(x: Any, to: NamedSharding) -> jax.Array:
+        if to.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return jax.device_put(x, to)
+        host = np.asarray(x)  # each process gives its devices their part
+        return jax.make_array_from_callback(host.shape, to, lambda index: host[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: put(x, shardings), tree)
+    return jax.tree.map(put, tree, shardings)
+
+
+def of_processes(value: int, mesh: Mesh) -> Int[Array, " devices"]:
+    """The values of all processes: each device has that of its own."""
+    return jax.make_array_from_callback(
+        (mesh.size,), batch_sharding(mesh), lambda _: np.full(1, value, np.int32)
+    )
+
+
 def to_host(x: Any) -> np.ndarray:
     """The whole of an array; every process calls it if parts are on other hosts."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
+
+
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """Inside of jit: each leaf as a whole on every device, gathered about when it is used.
+
+    XLA for TPUs would multiply by some sharded weights piece by piece, and a step of Stable
+    Diffusion 2 on 16 chips would have 3,229 permutations in place of 216 gathers.
+    """
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def fsdp_shardings(tree: Any, mesh: Mesh, min_bytes: int = MIN_SHARDED_BYTES) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -52,13 +52,17 @@ def table(config: unet.UNetConfig) -> tuple[Site, ...]:
     Source: APTP (https://arxiv.org/abs/2406.12042) and its authors' code.
     """
     blocks = list(_blocks(config))
-    width = [site for path, level, _ in blocks for site in _width_sites(config, path, level)]
-    depth = [
-        Site(unet.depth_site(path), "depth", 1, config.block_out_channels[level], ())
-        for path, level, has_depth in blocks
-        if has_depth
-    ]
-    return (*width, *depth)
+    width = [site for block in blocks for site in _width_sites(config, block.path, block.level)]
+    return (*width, *(_depth_site(config, block) for block in blocks if block.is_last))
+
+
+def operators(config: unet.UNetConfig) -> tuple[Site, ...]:
+    """Depth sites of all ResNets and transformers whose input can stand in for them.
+
+    34 in Stable Diffusion 2, those of `table` among them: all but the four ResNets that change the
+    width.
+    """
+    return tuple(_depth_site(config, block) for block in _blocks(config) if block.keeps_width)
 
 
 def slice_params(
@@ -69,7 +73,8 @@ def slice_params(
     Args:
         params: nested parameters of `unet.UNet(config)`.
         config: dense, or sliced before.
-        architecture: False removes. Where it removes a whole block, the sites inside are ignored.
+        architecture: of sites of `table` and `operators`; False removes. Where it removes a whole
+            block, the sites inside are ignored.
 
     Returns:
         Parameters and config of the smaller UNet; arrays that lose nothing are not copied.
@@ -78,7 +83,7 @@ def slice_params(
         ValueError: naming every unknown site, every wrong length, and every site but those of depth
             that would lose all of its units.
     """
-    sites = {site.name: site for site in table(config)}
+    sites = {site.name: site for site in (*table(config), *operators(config))}
     removed = tuple(
         name.removesuffix("depth")
         for name, keep in architecture.items()
@@ -88,7 +93,7 @@ def slice_params(
     problems = []
     for name, keep in architecture.items():
         if name not in sites:
-            problems.append(f"{name} is not one of the {len(sites)} sites of `table`")
+            problems.append(f"{name} is not one of the {len(sites)} sites of this UNet")
         elif len(keep) != sites[name].units:
             problems.append(f"{name} has {sites[name].units} units, got {len(keep)}")
         elif not keep.any() and not is_removed(name):
@@ -157,30 +162,49 @@ def prunable(shapes: Mapping[str, Any], component: str, scope: str) -> list[str]
     return paths
 
 
-def _blocks(config: unet.UNetConfig) -> Iterator[tuple[str, int, bool]]:
-    """Path and level of every ResNet and transformer, and whether it has a depth site."""
+class _Block(NamedTuple):
+    """A ResNet or transformer that a UNet has.
+
+    Attributes:
+        path: of its module.
+        level: of its width and heads.
+        keeps_width: its input can stand in for it.
+        is_last: of its kind in a down or up block, and keeps the width: APTP's depth sites.
+    """
+
+    path: str
+    level: int
+    keeps_width: bool
+    is_last: bool
+
+
+def _blocks(config: unet.UNetConfig) -> Iterator[_Block]:
     widths, count = config.block_out_channels, config.layers_per_block
     last = len(widths) - 1
-    stages = [
-        (f"down_blocks.{i}", i, count, kind) for i, kind in enumerate(config.down_block_types)
+    stages = [  # name, level, the level before it, ResNets, type
+        (f"down_blocks.{i}", i, max(i - 1, 0), count, kind)
+        for i, kind in enumerate(config.down_block_types)
     ]
-    stages += [("mid_block", last, 2, "")]
+    if config.mid_block_type:
+        stages += [("mid_block", last, last, 2, "")]
     stages += [
-        (f"up_blocks.{i}", last - i, count + 1, kind)
+        (f"up_blocks.{i}", last - i, min(last - i + 1, last), count + 1, kind)
         for i, kind in enumerate(config.up_block_types)
     ]
-    for stage, level, num_resnets, kind in stages:
+    for stage, level, before, num_resnets, kind in stages:
         num_transformers = 1 if stage == "mid_block" else num_resnets * ("CrossAttn" in kind)
         for name, num in (("resnets", num_resnets), ("attentions", num_transformers)):
             for i in range(num):
                 path = f"{stage}.{name}.{i}"
-                # The only ResNet of a down block may change the width: its input cannot replace it.
-                widens = (
-                    name == "resnets" and num == 1 and widths[max(level - 1, 0)] != widths[level]
-                )
-                has_depth = stage != "mid_block" and i == num - 1 and not widens
+                widens = name == "resnets" and i == 0 and widths[before] != widths[level]
+                is_last = stage != "mid_block" and i == num - 1 and not widens
                 if config.units(unet.depth_site(path), 1):
-                    yield path, level, has_depth
+                    yield _Block(path, level, not widens, is_last)
+
+
+def _depth_site(config: unet.UNetConfig, block: _Block) -> Site:
+    channels = config.block_out_channels[block.level]
+    return Site(unet.depth_site(block.path), "depth", 1, channels, ())
 
 
 def _width_sites(config: unet.UNetConfig, path: str, level: int) -> Iterator[Site]:

@@ -1,11 +1,9 @@
 """One training loop for every model: only the loss and the data differ."""
 
 import contextlib
-import json
 import math
 import pathlib
 import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,18 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
-import tensorboardX
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
-from sdprune_jax import config, sharding
+from sdprune_jax import config, sharding, signals, train_checkpoints, train_log
+from sdprune_jax.data.order import rows_of_batch as rows_of_batch
+from sdprune_jax.initial import ends_a_block as ends_a_block
+from sdprune_jax.initial import init_params as init_params
 
 Params = Any
 Batch = Mapping[str, Any]
 Metrics = dict[str, Float[Array, ""]]
-_RUN = 24  # rows of one group that follow each other
+_SIGNAL = "signal"  # in the batch, of every process; in the metrics, the highest
 
 # (trainable, frozen, batch, key) -> (loss, metrics)
 LossFn = Callable[[Params, Params, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
@@ -76,35 +76,6 @@ def adamw(
     )
 
 
-def init_params(shapes: Params, seed: int, zero: Callable[[str], bool] = lambda _: False) -> Params:
-    """Random parameters: kernels normal with variance 1 / fan-in, scales 1, biases 0.
-
-    Drawn by numpy: compiling hundreds of random operations takes longer than a small training.
-
-    Args:
-        shapes: a tree of `jax.ShapeDtypeStruct`s.
-        seed: of every draw.
-        zero: says of a dotted path whether its kernel starts at 0.
-    """
-    rng = np.random.default_rng(seed)
-
-    def init(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        name = ".".join(key.key for key in path)
-        if name.endswith("scale") and leaf.ndim == 1:
-            return np.ones(leaf.shape, np.float32)
-        if name.endswith("bias") or zero(name):
-            return np.zeros(leaf.shape, np.float32)
-        fan_in = leaf.shape[-1] if name.endswith("embedding") else math.prod(leaf.shape[:-1])
-        return rng.normal(size=leaf.shape, scale=fan_in**-0.5).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(init, shapes)
-
-
-def ends_a_block(path: str) -> bool:
-    """Whether a kernel is the last to write into a residual stream: it starts at 0, as in DDPM."""
-    return path.endswith(("conv2.kernel", "proj_out.kernel"))
-
-
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -136,8 +107,9 @@ def make_train_step(
         state: TrainState, frozen: Params, batch: Batch, key: Key[Array, ""]
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, metrics), grads = grad_fn(state.params, frozen, batch, key)
+        whole = lambda params: sharding.gather(params, mesh)
+        grad_fn = jax.value_and_grad(lambda p, *rest: loss_fn(whole(p), *rest), has_aux=True)
+        (_, metrics), grads = grad_fn(state.params, whole(frozen), batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
@@ -146,38 +118,6 @@ def make_train_step(
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return train_step
-
-
-def rows_of_batch(
-    num_rows: int,
-    batch_size: int,
-    step: int,
-    seed: int,
-    groups: Int[np.ndarray, " rows"] | None = None,
-) -> Int[np.ndarray, " batch"]:
-    """The rows of batch `step`: every row once an epoch, reshuffled each epoch.
-
-    A function of the step alone, so that a resumed run sees what an uninterrupted one sees.
-
-    Args:
-        num_rows: of the data.
-        batch_size: rows.
-        step: from 0.
-        seed: of the order.
-        groups: of each row; rows of one group then come in runs of 24.
-    """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    rows = np.empty(batch_size, np.int64)
-    for epoch in np.unique(positions // num_rows):
-        here = positions // num_rows == epoch
-        rng = np.random.default_rng([seed, int(epoch)])
-        order = rng.permutation(num_rows)
-        if groups is not None:
-            order = order[np.argsort(groups[order], kind="stable")]
-            runs = np.array_split(order, -(-num_rows // _RUN))
-            order = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
-        rows[here] = order[positions[here] % num_rows]
-    return rows
 
 
 def fit_section(
@@ -225,9 +165,10 @@ def fit(
     evaluate: Callable[[Params], dict[str, float]] | None = None,
     eval_every: int = 0,
 ) -> Params:
-    """Trains to `num_steps`, or resumes from the newest checkpoint below `directory`.
+    """Trains to `num_steps`, or resumes from the newest intact checkpoint below `directory`.
 
-    Writes `metrics.jsonl` and TensorBoard events beside the checkpoints.
+    Writes `metrics.jsonl` and TensorBoard events beside the checkpoints. When a process gets
+    SIGTERM or Ctrl-C, all of them save the same step and exit; a second signal kills at once.
 
     Args:
         loss_fn: `(params, frozen, batch, key) -> (loss, metrics)`.
@@ -250,85 +191,73 @@ def fit(
 
     Raises:
         FloatingPointError: if the loss or the gradient is not finite; nothing of it is saved.
+        SystemExit: after a signal, with status 128 + its number: 143 for SIGTERM.
+        ValueError: if there are checkpoints, but all are damaged or of another training.
     """
-    abstract = jax.eval_shape(lambda p: init_state(p, optimizer), params)
-    shardings = sharding.fsdp_shardings(abstract, mesh)
-    step_fn = make_train_step(loss_fn, optimizer, mesh, shardings, ema_decay)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
     key, name = jax.random.key(seed), directory.name
     checkpoints = directory.absolute() / "checkpoints"
+    abstract = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    shardings = sharding.fsdp_shardings(abstract, mesh)
+    step_fn = make_train_step(_pass_signal(loss_fn), optimizer, mesh, shardings, ema_decay)
     with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(ocp.CheckpointManager(checkpoints, options=options))
-        start = manager.latest_step() or 0
-        if start:
-            like = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-            )
-            state = manager.restore(start, args=ocp.args.StandardRestore(like))
-        else:
-            state = jax.device_put(init_state(params, optimizer), shardings)
-        log = stack.enter_context(contextlib.closing(_Log(directory, start)))
+        caught = stack.enter_context(signals.noted())
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        start, state = train_checkpoints.restore(checkpoints, like) or (0, None)
+        if state is None:
+            state = sharding.place(init_state(params, optimizer), shardings)
+        manager = stack.enter_context(train_checkpoints.open_manager(checkpoints))
+        log = stack.enter_context(contextlib.closing(train_log.Log(directory, start)))
         pending: list[Metrics] = []
+        arrived: list[Any] = [0]  # signals, by step
         bar = stack.enter_context(
             tqdm(total=num_steps, initial=start, desc=name, disable=not sys.stderr.isatty())
         )
         for step in range(start, num_steps):
-            state, metrics = step_fn(state, frozen, batch_at(step), key)
+            batch = sharding.place(batch_at(step), sharding.batch_sharding(mesh))
+            batch = {**batch, _SIGNAL: sharding.of_processes(caught(), mesh)}
+            state, metrics = step_fn(state, frozen, batch, key)
+            arrived.append(metrics.pop(_SIGNAL))
             pending.append(metrics)
             bar.update()
             done, last = step + 1, step + 1 == num_steps
-            if done % log_every == 0 or last:
-                figures = _mean(pending)
-                pending = []
-                bad = [k for k, value in figures.items() if not math.isfinite(value)]
-                if bad:
-                    raise FloatingPointError(
-                        f"{name}: {', '.join(bad)} not finite between steps {done - log_every} and"
-                        f" {done}; lower the learning rate, then run again: it resumes from the"
-                        f" checkpoint of step {manager.latest_step() or 0}"
-                    )
+            number = int(arrived.pop(0))  # of the step before: not to wait for this one
+            logs, saves = done % log_every == 0 or last, done % save_every == 0 or last or number
+            figures = _mean(pending) if logs or saves else {}
+            if bad := [k for k, value in figures.items() if not math.isfinite(value)]:
+                raise FloatingPointError(
+                    f"{name}: {', '.join(bad)} not finite between steps {done - len(pending)} and"
+                    f" {done}; lower the learning rate, then run again: it resumes from the"
+                    f" checkpoint of step {manager.latest_step() or 0}"
+                )
+            if logs:
                 log.write(done, num_steps, figures)
-            if evaluate and ((eval_every and done % eval_every == 0) or last):
+                pending = []
+            if evaluate and not number and ((eval_every and done % eval_every == 0) or last):
                 log.write(done, num_steps, evaluate(state.ema))
-            if done % save_every == 0 or last:
-                manager.save(done, args=ocp.args.StandardSave(state))
+            if saves:
+                train_checkpoints.save(manager, done, state)
+            if number and not last:
+                manager.wait_until_finished()
+                logging.warning("%s: saved step %d and stops: signal %d", name, done, number)
+                raise SystemExit(128 + number)
     return state.ema
+
+
+def _pass_signal(loss_fn: LossFn) -> LossFn:
+    """Sends signals through the step with the batch, so that all processes stop at one step."""
+
+    def loss_and_signal(
+        params: Params, frozen: Params, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        rest = {name: x for name, x in batch.items() if name != _SIGNAL}
+        loss, metrics = loss_fn(params, frozen, rest, key)
+        return loss, metrics | {_SIGNAL: jnp.max(batch[_SIGNAL])}
+
+    return loss_and_signal
 
 
 def _mean(metrics: list[Metrics]) -> dict[str, float]:
     fetched = jax.device_get(metrics)
     return {key: float(np.mean([m[key] for m in fetched])) for key in fetched[0]}
-
-
-class _Log:
-    """Appends figures to `metrics.jsonl` and to TensorBoard; drops what a resumed run repeats."""
-
-    def __init__(self, directory: pathlib.Path, start: int):
-        self._name, self._start, self._since = directory.name, start, time.monotonic()
-        self._writes = jax.process_index() == 0
-        if not self._writes:
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-        path.write_text("".join(kept))
-        self._file = path.open("a")
-        self._events = tensorboardX.SummaryWriter(str(directory), purge_step=start + 1)
-
-    def write(self, step: int, num_steps: int, figures: dict[str, float]) -> None:
-        if not self._writes:
-            return
-        seconds = time.monotonic() - self._since
-        left = seconds / max(step - self._start, 1) * (num_steps - step)
-        self._file.write(json.dumps({"step": step, "seconds": round(seconds, 1)} | figures) + "\n")
-        self._file.flush()
-        for key, value in figures.items():
-            self._events.add_scalar(key, value, step)
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        tqdm.write(f"{self._name} {step}/{num_steps}  {shown}  {left / 60:.1f} min left")
-
-    def close(self) -> None:
-        if self._writes:
-            self._file.close()
-            self._events.close()

@@ -21,11 +21,16 @@ UNET = unet.UNetConfig(
     cross_attention_dim=12,
     norm_num_groups=4,
 )
+# The least to compile: one level, two transformers and three ResNets that can go.
+ONE_LEVEL = dataclasses.replace(
+    UNET, block_out_channels=(16,), attention_head_dim=(2,),
+    down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+)  # fmt: skip
 LAYOUT = layout.layout_of(sites.table(UNET))
 DATA = config.RouterData(num_images=24, captions_per_image=2)
 
 
-def make(directory: pathlib.Path) -> checkpoint.Model:
+def make(directory: pathlib.Path, unet_config: unet.UNetConfig = UNET) -> checkpoint.Model:
     """Random parameters, biases and norms too; the tokenizer is that of the embedded model."""
     embedded = checkpoint.open_model(checkpoint.directory_of("embedded"))
     text = dataclasses.replace(
@@ -36,7 +41,7 @@ def make(directory: pathlib.Path) -> checkpoint.Model:
         sample_size=64, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2,
         scaling_factor=1.0,
     )  # fmt: skip
-    model = dataclasses.replace(embedded, text_encoder=text, unet=UNET, vae=vae_config)
+    model = dataclasses.replace(embedded, text_encoder=text, unet=unet_config, vae=vae_config)
     params = {
         name: random_params(checkpoint.param_shapes(model, name), seed)
         for seed, name in enumerate(checkpoint.COMPONENTS)

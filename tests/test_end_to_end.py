@@ -2,9 +2,11 @@
 
 import pathlib
 
+import aptp_model
 import pytest
 
 from sdprune_jax import checks, command_line, main
+from sdprune_jax.evaluate.protocols import PROTOCOLS
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -17,6 +19,10 @@ def test_config_runs_as_tiny(path, tmp_path, monkeypatch):
     run.mesh.data = -1
     if run.generate:
         run.generate.batch_size = 8  # a multiple of the devices of the tests
+    if run.router:  # trains every expert, and each has programs of its own
+        run.model = str(aptp_model.make(tmp_path / "model", aptp_model.ONE_LEVEL).directory)
+        if run.generate and run.evaluate:  # the programs of one serve the other
+            run.generate.num_steps = PROTOCOLS[run.evaluate.protocol].num_steps
     checks.check(run)
     outputs = main.run_stages(run)
     assert outputs

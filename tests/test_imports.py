@@ -11,11 +11,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (
     "config diffusion models",
-    "checks convert samplers sharding tensors",
+    "checks convert initial samplers sharding signals tensors",
     "model_files sites weights",
-    "checkpoint data macs",
+    "checkpoint data macs train_checkpoints train_log",
     "metrics pipeline train",
-    "aptp pretrain pruning",
+    "aptp pretrain",
+    "pruning",
     "evaluate generate",
     "sweep",
     "plan report",

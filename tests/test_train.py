@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import signal
@@ -28,11 +29,12 @@ def _batch_at(step):
     return {"x": x[rows], "y": np.ones((16, 16), np.float32)}
 
 
-def _fit(directory, batch_at=_batch_at):
+def _fit(directory, batch_at=_batch_at, log_every=1):
     return train.fit(
         _loss, _PARAMS, train.adamw(1e-2, 2, _STEPS, 0.1, 1.0), batch_at,
         {"scale": jnp.float32(2.0)}, mesh=sharding.make_mesh(1, jax.device_count()),
-        num_steps=_STEPS, ema_decay=0.9, seed=3, directory=directory, log_every=1, save_every=4,
+        num_steps=_STEPS, ema_decay=0.9, seed=3, directory=directory, log_every=log_every,
+        save_every=4,
     )  # fmt: skip
 
 
@@ -62,6 +64,28 @@ def test_a_step_does_not_depend_on_the_mesh(data, fsdp):
     )
 
 
+def test_losses_see_whole_weights_and_the_state_stays_split():
+    mesh = sharding.make_mesh(2, 4)
+    optimizer = train.adamw(1e-2, 0, 10, 0.1, 1.0)
+    state = jax.eval_shape(lambda p: train.init_state(p, optimizer), _PARAMS)
+    shardings = sharding.fsdp_shardings(state, mesh, min_bytes=0)
+    placed = jax.ShapeDtypeStruct((4, 8), np.float32, sharding=shardings.params["w"])
+    seen = []
+
+    def loss_fn(params, frozen, batch, key):
+        for x in (params["w"], frozen["teacher"]):
+            jax.debug.inspect_array_sharding(x, callback=seen.append)
+        return _loss(params, frozen, batch, key)
+
+    step = train.make_train_step(loss_fn, optimizer, mesh, shardings, ema_decay=0.9)
+    frozen = {"scale": jnp.float32(1.0), "teacher": placed}
+    compiled = step.lower(state, frozen, _batch_at(0), jax.random.key(0)).compile()
+    assert len(seen) == 2
+    assert all(found.is_fully_replicated for found in seen)
+    assert compiled.output_shardings[0].params["w"] == shardings.params["w"]
+    assert not shardings.params["w"].is_fully_replicated
+
+
 def test_every_row_is_seen_once_an_epoch():
     seen = np.concatenate([train.rows_of_batch(10, 4, step, seed=5) for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
@@ -69,18 +93,25 @@ def test_every_row_is_seen_once_an_epoch():
 
 
 def test_killed_runs_resume_to_the_same_bits(tmp_path):
-    def run(name, kill_at):
-        source = f"import test_train; test_train.killed({str(tmp_path / name)!r}, {kill_at})"
+    def run(name, expected, *arguments):
+        source = f"import test_train; test_train.killed({str(tmp_path / name)!r}, *{arguments!r})"
         here = pathlib.Path(__file__).parent
         env = os.environ | {"PYTHONPATH": f"{here}:{here.parent}"}
         done = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True)
-        expected = 0 if kill_at is None else -signal.SIGKILL
         assert done.returncode == expected, done.stderr.decode()[-2000:]
 
-    run("whole", None)
-    for kill_at in (2, 8, 10):  # before any checkpoint, while one is written, between two
-        run("killed", kill_at)
-    run("killed", None)
+    def newest():
+        paths = (tmp_path / "killed" / "checkpoints").iterdir()
+        return max(int(path.name) for path in paths if path.name.isdigit())
+
+    run("whole", 0, None)
+    run("killed", -9, 2)  # before any checkpoint
+    run("killed", 128 + 15, 5, int(signal.SIGTERM))
+    assert newest() == 7  # what was begun when it came, and what tells the other processes
+    run("killed", -9, 8)  # while a checkpoint is written
+    run("killed", -15, 9, int(signal.SIGTERM), 2)  # the second kills at once
+    assert newest() <= 8
+    run("killed", 0, None)
     results = [np.load(tmp_path / name / "ema.npy") for name in ("whole", "killed")]
     assert results[0].tobytes() == results[1].tobytes()
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
@@ -89,16 +120,47 @@ def test_killed_runs_resume_to_the_same_bits(tmp_path):
     assert losses[0] == losses[1]
 
 
-def killed(directory, kill_at):
-    """Trains, and dies by SIGKILL when the batch of step `kill_at` is asked for."""
+def killed(directory, kill_at, number=signal.SIGKILL, times=1):
+    """Trains, and is sent a signal when the batch of step `kill_at` is asked for."""
 
     def batch_at(step):
         if step == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            for _ in range(times):
+                signal.raise_signal(number)
         return _batch_at(step)
 
     ema = _fit(pathlib.Path(directory), batch_at)
     np.save(pathlib.Path(directory) / "ema.npy", np.asarray(ema["w"]))
+
+
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        killed(tmp_path / "run", _STEPS - 1, signal.SIGINT)
+    ema = _fit(tmp_path / "run", _batch_at)  # nothing is left to do
+    assert np.any(np.asarray(ema["w"]) != _PARAMS["w"])
+
+
+def test_training_goes_on_from_the_step_before_a_damaged_one(tmp_path):
+    whole = np.asarray(_fit(tmp_path / "run")["w"]).tobytes()
+    newest = tmp_path / "run" / "checkpoints" / str(_STEPS)
+    sums = newest / "checksums" / "metadata"
+    values = json.loads(sums.read_text())
+    values[".ema['w']"] += 1
+    sums.write_text(json.dumps(values))
+    steps = []
+    ema = _fit(tmp_path / "run", lambda step: (steps.append(step), _batch_at(step))[1])
+    assert steps == [8, 9, 10, 11]
+    assert np.asarray(ema["w"]).tobytes() == whole
+
+
+def test_a_loss_that_is_not_finite_is_not_saved_between_two_lines_of_the_log(tmp_path):
+    def batch_at(step):
+        batch = _batch_at(step)
+        return batch | {"y": batch["y"] * np.float32("nan")} if step == 5 else batch
+
+    with pytest.raises(FloatingPointError, match=r"loss.* between steps 0 and 8.*of step 4"):
+        _fit(tmp_path / "run", batch_at, log_every=12)
+    assert not (tmp_path / "run" / "checkpoints" / "8").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

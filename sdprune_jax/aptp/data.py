@@ -145,10 +145,12 @@ def examples(
     pairs: emoji.Pairs,
     texts: Sequence[str],
     mesh: Mesh,
-    cache_dir: pathlib.Path,
+    cache_dir: pathlib.Path | None,
     variant: str | None = None,
 ) -> Examples:
     """Everything that a training needs of some pictures and their prompts.
+
+    Args as of `embeddings`.
 
     Raises:
         ValueError: if there is no picture, or as `embeddings`.
@@ -172,12 +174,14 @@ def examples(
         found = _encode(encode, params, _ids(model, [*texts, ""]), mesh)
         return {"states": found[:-1], "null": found[-1:]}
 
+    embedding = embeddings(section, model, texts, mesh, cache_dir, variant)
+    if cache_dir is None:
+        return Examples(embedding, **states(), **latents())
     vae_state = cache.directory_state(model.directory / "vae")
     key = cache.fingerprint(vae_state, pairs.images, num_flips)
     moments = cache.cached(cache_dir, "latents", key, latents)
     encoder_state = cache.directory_state(model.directory / "text_encoder")
     text = cache.cached(cache_dir, "text", cache.fingerprint(encoder_state, list(texts)), states)
-    embedding = embeddings(section, model, texts, mesh, cache_dir, variant)
     return Examples(embedding, text["states"], text["null"], **moments)
 
 

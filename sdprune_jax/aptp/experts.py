@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from sdprune_jax import checkpoint, config, convert, macs, sites, tensors
-from sdprune_jax.aptp import balance, data, gates, router, train_router, zero_padding
+from sdprune_jax import checkpoint, config, macs, sites, tensors
+from sdprune_jax.aptp import balance, data, expert_files, gates, router, train_router, zero_padding
 from sdprune_jax.aptp.layout import Layout, layout_of, to_architecture
 from sdprune_jax.data import cache, emoji
 
@@ -38,7 +37,7 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
     params, trained, values = train_router.load(work, model, mesh)
     output = work / "assign"
     made_from = cache.fingerprint(dataclasses.asdict(section), values["made_from"])
-    if _is_complete(output, made_from, "assign.json"):
+    if expert_files.is_complete(output, made_from, "assign.json"):
         return output
 
     layout = layout_of(sites.table(model.unet))
@@ -70,7 +69,7 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
         )
     kept = _kept(keep, layout, costs)
 
-    partial = _fresh(output)
+    partial = expert_files.fresh(output)
     np.save(partial / "architectures.npy", keep)
     np.save(partial / "offsets.npy", offsets)
     np.save(partial / "code_gates.npy", np.asarray(code_gates))
@@ -97,7 +96,7 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
         "units_that_differ": balance.differences(keep),
         "splits": report,
     }
-    return _finish(partial, output, "assign.json", values)
+    return expert_files.finish(partial, output, "assign.json", values)
 
 
 def similarities(
@@ -132,12 +131,27 @@ def of_prompts(
 ) -> Int32[np.ndarray, " rows"]:
     """The experts of any prompts, by the router and the balance of a finished `assign`.
 
+    Of a run with one expert all prompts are that one's, and no router is read.
+
     Raises:
-        ValueError: if the run has not finished it.
+        ValueError: if the run has not finished it, or has trained another router or cut other
+            experts since.
     """
+    cut = checkpoint.models_of_run(str(model.directory), workdir).get("routed", ())
+    if len(cut) == 1:
+        return np.zeros(len(texts), np.int32)
     values = read_assignment(workdir)
     params, trained, made = train_router.load(workdir, model, mesh)
     layout, directory = layout_of(sites.table(model.unet)), workdir / "assign"
+    if values["made_from"] != cache.fingerprint(values["section"], made["made_from"]):
+        raise ValueError(
+            f"{directory} is not of the router beside it: assign again, --config.assign=build"
+        )
+    if cut and len(cut) != trained.num_codes:
+        raise ValueError(
+            f"{workdir} has {len(cut)} experts, and its router {trained.num_codes}: remove those of"
+            " another router, and make them again with --config.materialise=build"
+        )
     embedding = data.embeddings(
         trained.data, model, texts, mesh, None, variant=made["variant"] or None
     )
@@ -165,9 +179,8 @@ def materialise(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """Cuts every expert out of the dense UNet: the weights are loaded first, then sliced.
 
     Returns:
-        `workdir/experts`: diffusers directories `00`, `01`, …, each with its prompts in
-        `prompts.json`, and `experts.json`, with MACs and parameters; with `zero_padded`, also
-        `00_dense`, … of the dense shape.
+        `workdir/experts`, of `expert_files.write`; with `zero_padded`, each also in the dense
+        shape.
 
     Raises:
         ValueError: if the run has no assignment, or the UNet cannot be sliced so.
@@ -175,70 +188,37 @@ def materialise(run: config.Run, mesh: Mesh) -> pathlib.Path:
     section, work = run.materialise, pathlib.Path(run.workdir)
     assert section is not None
     model = checkpoint.open_model(checkpoint.directory_of(run.model))
-    assigned, output = read_assignment(work), work / "experts"
-    made_from = cache.fingerprint(
-        dataclasses.asdict(section), assigned["made_from"], cache.directory_state(model.directory)
-    )
-    if _is_complete(output, made_from, "experts.json"):
-        return output
-
+    assigned = read_assignment(work)
     _, trained, values = train_router.load(work, model, mesh)
-    layout, variant = layout_of(sites.table(model.unet)), values["variant"] or None
-    dense = checkpoint.load(model, "unet", variant=variant)
+    purpose = expert_files.Purpose(
+        trained.data, values["seed"], values["variant"], trained.mac_counter,
+        tuple(assigned["latent_size"]), "router/cache",
+    )  # fmt: skip
+    made_from = cache.fingerprint(
+        dataclasses.asdict(section), assigned["made_from"], dataclasses.asdict(purpose),
+        cache.directory_state(model.directory),
+    )  # fmt: skip
+    if expert_files.is_written(work, made_from):
+        return work / "experts"
+
+    layout = layout_of(sites.table(model.unet))
+    dense = checkpoint.load(model, "unet", variant=purpose.variant or None)
     dense = jax.tree.map(np.asarray, dense)
-    keep, prompts = np.load(work / "assign" / "architectures.npy"), _prompts(work, trained, values)
-    size, tokens = tuple(assigned["latent_size"]), model.text_encoder.max_position_embeddings
-    whole = macs.by_site(model.unet, size, tokens, trained.mac_counter).total
-    partial, rows = _fresh(output), []
-    for index, vector in enumerate(keep):
-        name, architecture = f"{index:02d}", to_architecture(vector, layout)
-        params, unet_config = sites.slice_params(dense, model.unet, architecture)
-        sliced = dataclasses.replace(model, unet=unet_config)
-        save = functools.partial(
-            checkpoint.save, dtype=jnp.dtype(section.save_dtype), variant=variant
-        )
-        save(sliced, {"unet": params}, partial / name)
-        if section.zero_padded:
-            padded = zero_padding.zero_params(dense, model.unet, architecture)
-            save(model, {"unet": padded}, partial / f"{name}_dense")
-        if jax.process_index() == 0:
-            tensors.write_json(partial / name / "prompts.json", prompts[index])
-        cost = macs.by_site(unet_config, size, tokens, trained.mac_counter).total
-        rows.append(
-            {
-                "directory": name,
-                "macs": cost,
-                "share_of_macs": cost / whole,
-                "parameters": _count(params),
-                "share_of_parameters": _count(params) / _count(dense),
-                "prompts": {split: len(texts) for split, texts in prompts[index].items()},
-                "kept": {site: int(units.sum()) for site, units in architecture.items()},
-            }
-        )
-    record = {
-        "made_from": made_from,
-        "model": run.model,
-        "mac_counter": trained.mac_counter,
-        "latent_size": list(size),
-        "text_tokens": tokens,
-        "dense": {"macs": whole, "parameters": _count(dense)},
-        "experts": rows,
-    }
-    return _finish(partial, output, "experts.json", record)
 
+    def cuts() -> Iterator[expert_files.Cut]:
+        for vector in np.load(work / "assign" / "architectures.npy"):
+            architecture = to_architecture(vector, layout)
+            params, unet_config = sites.slice_params(dense, model.unet, architecture)
+            kept = {site: int(units.sum()) for site, units in architecture.items()}
+            padded = None
+            if section.zero_padded:
+                padded = zero_padding.zero_params(dense, model.unet, architecture)
+            yield expert_files.Cut(params, unet_config, kept, padded)
 
-def _prompts(
-    work: pathlib.Path, trained: config.Router, values: dict[str, Any]
-) -> list[dict[str, list[str]]]:
-    """By expert, the texts of every split."""
-    found: list[dict[str, list[str]]] = [{} for _ in range(trained.num_codes)]
-    for split in emoji.SPLITS:
-        pairs = data.pictures(trained.data, split)
-        texts = data.prompts(trained.data, pairs, split, values["seed"]).texts
-        expert = np.load(work / "assign" / f"experts_{split}.npy")
-        for index, mine in enumerate(found):
-            mine[split] = [texts[row] for row in np.flatnonzero(expert == index)]
-    return found
+    rows = {split: np.load(work / "assign" / f"experts_{split}.npy") for split in emoji.SPLITS}
+    return expert_files.write(
+        run, model, dense, cuts(), purpose, rows, section.save_dtype, {"made_from": made_from}
+    )
 
 
 def _final_logits(
@@ -261,32 +241,3 @@ def _kept(
 ) -> Float[np.ndarray, " k"]:
     """The share of all MACs that each expert keeps."""
     return np.asarray(train_router.kept_shares(jnp.asarray(keep, jnp.float32), layout, costs))
-
-
-def _count(params: Any) -> int:
-    return sum(x.size for x in convert.flatten(params).values())
-
-
-def _is_complete(output: pathlib.Path, made_from: str, name: str) -> bool:
-    record = output / name
-    done = record.exists() and tensors.read_json(record)["made_from"] == made_from
-    if done:
-        logging.info("%s is complete: made from the same config and router", output)
-    return done
-
-
-def _fresh(output: pathlib.Path) -> pathlib.Path:
-    """An empty directory to write in, which takes the name of `output` when complete."""
-    partial = output.with_name(f"{output.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
-    return partial
-
-
-def _finish(
-    partial: pathlib.Path, output: pathlib.Path, name: str, values: dict[str, Any]
-) -> pathlib.Path:
-    tensors.write_json(partial / name, values)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
-    return output

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from sdprune_jax import checkpoint, config, sharding, tensors, train
-from sdprune_jax.aptp import data, losses, train_router
+from sdprune_jax.aptp import data, expert_files, losses
 from sdprune_jax.data import cache
 from sdprune_jax.models import unet
 
@@ -35,13 +35,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """
     section, work = run.finetune, pathlib.Path(run.workdir)
     assert section is not None
-    source, output = work / "experts", work / "finetuned"
-    if not (source / "experts.json").is_file():
-        raise ValueError(f"{source} has no experts: make them with --config.materialise=build")
+    experts, output = expert_files.read(work), work / "finetuned"
     model = checkpoint.open_model(checkpoint.directory_of(run.model))
     made_from = cache.fingerprint(
         dataclasses.asdict(section), run.seed, run.dtype, run.variant,
-        tensors.read_json(source / "experts.json")["made_from"],
+        experts.made_from,
     )  # fmt: skip
     record = output / "finetune.json"
     if record.exists() and tensors.read_json(record)["made_from"] == made_from:
@@ -61,14 +59,13 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         text = "\n  its ".join(problems)
         raise ValueError(f"config.finetune.training is not possible:\n  its {text}")
 
-    _, trained, values = train_router.load(work, model, mesh)
-    rows = {split: np.load(work / "assign" / f"experts_{split}.npy") for split in ("train", "val")}
+    rows = {split: experts.rows[split] for split in ("train", "val")}
     examples = {}
     for split in rows:
-        pairs = data.pictures(trained.data, split)
-        texts = data.prompts(trained.data, pairs, split, values["seed"]).texts
+        pairs = data.pictures(experts.data, split)
+        texts = data.prompts(experts.data, pairs, split, experts.seed).texts
         examples[split] = data.examples(
-            trained.data, model, pairs, texts, mesh, work / "router" / "cache", run.variant or None
+            experts.data, model, pairs, texts, mesh, experts.cache, run.variant or None
         )
     frozen = {
         "teacher": _load(model, mesh, run.variant or None),
@@ -77,8 +74,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
     partial = _partial(output, made_from)
     done, skipped = [], []
-    for expert in range(trained.num_codes):
-        name = f"{expert:02d}"
+    for expert, source in enumerate(experts.directories):
+        name = source.name
         mine = {split: np.flatnonzero(found == expert) for split, found in rows.items()}
         if not len(mine["train"]):
             logging.warning("expert %s has no prompt to train on: skipped", name)
@@ -86,15 +83,15 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             continue
         if not (partial / name / "finetune.json").exists():
             figures = _train_expert(
-                run, model, source / name, partial / name, examples, mine, frozen, mesh,
+                run, model, source, partial / name, examples, mine, frozen, mesh,
                 work / "finetune" / made_from / f"expert-{name}",
             )  # fmt: skip
             if jax.process_index() == 0:
-                shutil.copyfile(source / name / "prompts.json", partial / name / "prompts.json")
+                shutil.copyfile(source / "prompts.json", partial / name / "prompts.json")
                 tensors.write_json(partial / name / "finetune.json", figures)
         done.append({"directory": name} | tensors.read_json(partial / name / "finetune.json"))
     if not done:
-        raise ValueError(f"none of the {len(skipped)} experts in {source} has a prompt to train on")
+        raise ValueError(f"none of the {len(skipped)} experts in {work} has a prompt to train on")
     values = {"made_from": made_from, "section": dataclasses.asdict(section)}
     values |= {"experts": done, "skipped": skipped}
     tensors.write_json(partial / "finetune.json", values)
@@ -111,8 +108,10 @@ def make_loss(
 ) -> train.LossFn:
     """The loss of an expert's parameters; `frozen` has `teacher` and the states of no text, `null`.
 
-    Teacher and student see the same, and no text at times.
+    Teacher and student see the same, and no text at times. Blocks that only one of them has are
+    not compared.
     """
+    pairs = losses.common_blocks(unet_config, model.unet)
     teach: Any = unet.UNet(model.unet, dtype).apply
     apply: Any = unet.UNet(unet_config, dtype, remat=section.remat).apply
     kind = model.schedule.prediction_type
@@ -132,7 +131,9 @@ def make_loss(
                 section.snr_weight,
             ),
             "output": losses.output_distillation(student, teacher),
-            "block": losses.block_distillation(blocks, teacher_blocks),
+            "block": losses.block_distillation(
+                [blocks[i] for i, _ in pairs], [teacher_blocks[j] for _, j in pairs]
+            ),
         }  # fmt: skip
         loss = losses.weighted_sum(parts, weights)
         return loss, parts | {"loss": loss}

@@ -16,6 +16,7 @@ from sdprune_jax import diffusion, macs
 from sdprune_jax.aptp import gates as gating
 from sdprune_jax.aptp import router
 from sdprune_jax.aptp.layout import Layout
+from sdprune_jax.models import unet
 
 RESOURCE_KINDS = ("log", "absolute", "squared")
 SNR_WEIGHTS = ("published", "min_snr")
@@ -81,6 +82,21 @@ def block_distillation(
     """Mean over the blocks (`return_blocks` of the UNet) of their squared errors."""
     errors = [output_distillation(s, t) for s, t in zip(student, teacher, strict=True)]
     return jnp.stack(errors).mean()
+
+
+def common_blocks(student: unet.UNetConfig, teacher: unet.UNetConfig) -> list[tuple[int, int]]:
+    """Which outputs of `return_blocks` are of the same block: (the student's, the teacher's) index.
+
+    A student may lack the middle block and the teacher's innermost levels. The down block that has
+    become its innermost is left out: it no longer resamples.
+    """
+    few, many = len(student.block_out_channels), len(teacher.block_out_channels)
+    pairs = [(i, i) for i in range(few if few == many else few - 1)]
+    middles = [int(config.mid_block_type is not None) for config in (student, teacher)]
+    if all(middles) and few == many:
+        pairs.append((few, many))
+    first = (few + middles[0], many + middles[1] + many - few)
+    return pairs + [(first[0] + i, first[1] + i) for i in range(few)]
 
 
 def site_shares(costs: macs.SiteMacs, layout: Layout) -> Float[np.ndarray, " sites"]:

@@ -24,31 +24,35 @@ def complete(
     params: Any,
     sample: pipeline.Sample,
     prompts: Sequence[str],
+    index: Sequence[int] | None = None,
     **settings: Any,
 ) -> None:
-    """Renders every prompt whose files are not in `directory` yet.
+    """Renders every prompt, or every one of `index`, whose files are not in `directory` yet.
 
     `000000.png` is written after its latents, `000000.npy`, and each under another name first: a
     picture that is there is whole.
 
     Args:
-        directory: of these settings and this model alone.
+        directory: of these settings and this model alone, or the experts of one.
         model: as loaded into `params`.
         params: of `pipeline.load`.
         sample: of `pipeline.make_sample`.
         prompts: one an image.
+        index: of the prompts that this model draws; None for all.
         **settings: of `pipeline.render`.
 
     Raises:
         FloatingPointError: if an image is not finite.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    missing = [i for i in range(len(prompts)) if not picture_path(directory, i).exists()]
-    if len(missing) < len(prompts):
-        logging.info("%s has %d images already", directory, len(prompts) - len(missing))
+    wanted = range(len(prompts)) if index is None else index
+    missing = [i for i in wanted if not picture_path(directory, i).exists()]
+    num_there = len(wanted) - len(missing)
+    if num_there:
+        logging.info("%s has %d of these images already", directory, num_there)
     is_writer = jax.process_index() == 0
     with tqdm(
-        desc=directory.name, total=len(prompts), initial=len(prompts) - len(missing),
+        desc=directory.name, total=len(wanted), initial=num_there,
         disable=not (is_writer and sys.stderr.isatty()),
     ) as bar:  # fmt: skip
         for batch in pipeline.render(model, params, sample, prompts, missing, **settings):

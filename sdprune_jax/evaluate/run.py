@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Num, UInt8
 
 from sdprune_jax import checkpoint, config, pipeline, tensors
+from sdprune_jax.aptp import routed
 from sdprune_jax.data import cache
 from sdprune_jax.data.images import RESIZE
 from sdprune_jax.evaluate import images, networks, scores, task
@@ -40,8 +41,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     assert section is not None
     protocol = PROTOCOLS[section.protocol]
     directories = checkpoint.models_of_run(run.model, work)
-    models = {name: checkpoint.open_model(path) for name, path in directories.items()}
-    size = _size(protocol, models["dense"], section.batch_size, mesh)
+    dense = checkpoint.open_model(directories["dense"][0])
+    size = _size(protocol, dense, section.batch_size, mesh)
     num_images = section.num_images or protocol.num_images
     if num_images < 2:
         raise ValueError("config.evaluate.num_images is 1: one image has no distribution; give 2")
@@ -49,7 +50,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         networks.path(section.networks, name)
     asked = task.load(protocol.data, section.data, num_images, not section.references)
     record = work / "evaluate.json"
-    states = {name: cache.directory_state(path) for name, path in directories.items()}
+    states = routed.states(directories, work)
     made_from = cache.fingerprint(
         dataclasses.asdict(section), dataclasses.asdict(protocol), run.seed, run.dtype, states,
         asked.state, asked.prompts,
@@ -62,8 +63,9 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         name: work / "evaluate" / f"{name}-{_key(run, protocol, state, size)}"
         for name, state in states.items()
     }
+    models = routed.models(directories, work, dense, asked.prompts, mesh)
     _render(run, mesh, protocol, models, folders, asked.prompts, size)
-    loaded = load_networks(section, protocol, models["dense"])
+    loaded = load_networks(section, protocol, dense)
     figures = measure(section, mesh, protocol, loaded, folders, asked, work / "evaluate" / "cache")
     for name, folder in folders.items():
         if name != "dense":
@@ -77,8 +79,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         | {"height": size[0], "width": size[1], "seed": run.seed, "dtype": run.dtype},
         "weights": {name: network.weights for name, network in loaded.items()},
         "models": {
-            name: {"directory": str(path), "figures": figures[name]}
-            for name, path in directories.items()
+            name: drawn.said() | {"figures": figures[name]} for name, drawn in models.items()
         },
     }
     if jax.process_index() == 0:
@@ -96,26 +97,29 @@ def _render(
     run: config.Run,
     mesh: Mesh,
     protocol: Protocol,
-    models: Mapping[str, checkpoint.Model],
+    models: Mapping[str, routed.Drawn],
     folders: Mapping[str, pathlib.Path],
     prompts: Sequence[str],
     size: tuple[int, int],
 ) -> None:
     assert run.evaluate is not None
     samples: dict[Any, pipeline.Sample] = {}
-    for name, model in models.items():
-        architecture = (model.text_encoder, model.unet, model.vae, model.schedule)
-        if architecture not in samples:  # a masked model runs the same program
-            samples[architecture] = pipeline.make_sample(
-                model, mesh, sampler=protocol.sampler, num_steps=protocol.num_steps,
-                guided=protocol.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
+    for name, drawn in models.items():
+        for directory, index in drawn.parts():
+            model = checkpoint.open_model(directory)
+            architecture = (model.text_encoder, model.unet, model.vae, model.schedule)
+            if architecture not in samples:  # a masked model runs the same program
+                samples[architecture] = pipeline.make_sample(
+                    model, mesh, sampler=protocol.sampler, num_steps=protocol.num_steps,
+                    guided=protocol.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
+                )  # fmt: skip
+            variant = run.variant if name == "dense" else None
+            # The weights are named nowhere here: they are gone before the next expert's come.
+            images.complete(
+                folders[name], model, pipeline.load(model, mesh, variant), samples[architecture],
+                prompts, index, size=size, seed=run.seed, batch_size=run.evaluate.batch_size,
+                guidance_scale=protocol.guidance_scale, negative_prompt="",
             )  # fmt: skip
-        params = pipeline.load(model, mesh, run.variant if name == "dense" else None)
-        images.complete(
-            folders[name], model, params, samples[architecture], prompts, size=size, seed=run.seed,
-            guidance_scale=protocol.guidance_scale, negative_prompt="",
-            batch_size=run.evaluate.batch_size,
-        )  # fmt: skip
 
 
 def load_networks(

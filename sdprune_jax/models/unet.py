@@ -27,6 +27,8 @@ from sdprune_jax.models.layers import (
 
 FF_UNITS = 32  # groups of neurons in a feed-forward network that are gated together
 
+_MID_BLOCK = "UNetMidBlock2DCrossAttn"
+
 # Keys of diffusers' config.json that SD2 fixes: any other value is another architecture.
 _FIXED = {
     "act_fn": "silu",
@@ -54,6 +56,7 @@ class UNetConfig:
         attention_head_dim: heads (diffusers' misnomer) of each level.
         kept_units: `(site, units)` of every site that was sliced; the others are whole. A depth
             site with 0 units is a block that was removed.
+        mid_block_type: None for a UNet without a middle block.
     """
 
     sample_size: int = 64
@@ -71,6 +74,7 @@ class UNetConfig:
     freq_shift: int = 0
     upcast_attention: bool = False
     kept_units: tuple[tuple[str, int], ...] = ()
+    mid_block_type: str | None = _MID_BLOCK
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "UNetConfig":
@@ -105,6 +109,8 @@ class UNetConfig:
         values = dataclasses.asdict(self) | _FIXED
         if not self.kept_units:
             del values["kept_units"]
+        if self.mid_block_type:  # readers of the past do not know the key
+            del values["mid_block_type"]
         return {"_class_name": "UNet2DConditionModel"} | dict(sorted(values.items()))
 
     def problems(self) -> list[str]:
@@ -133,6 +139,8 @@ class UNetConfig:
                 found.append(f"{channels} channels do not divide into {heads} heads")
             if 4 * channels % FF_UNITS:
                 found.append(f"{4 * channels} neurons do not divide into {FF_UNITS} units")
+        if self.mid_block_type not in (_MID_BLOCK, None):
+            found.append(f"mid_block_type is {self.mid_block_type!r}, expected {_MID_BLOCK!r}")
         if self.in_channels != 4:
             kind = {9: "an inpainting model", 5: "a depth model"}.get(
                 self.in_channels, "another model"
@@ -413,11 +421,13 @@ class UNet(nn.Module):
             x, more = block(x, temb, text, gates)
             skips += more
             blocks.append(x)
-        middle = MidBlock(
-            config, levels - 1, True, 2, dtype, self.remat, self.gate_position, name="mid_block"
-        )
-        x = middle(x, temb, text, gates)
-        blocks.append(x)
+        if config.mid_block_type:
+            middle = MidBlock(
+                config, levels - 1, True, 2, dtype, self.remat, self.gate_position,
+                name="mid_block",
+            )  # fmt: skip
+            x = middle(x, temb, text, gates)
+            blocks.append(x)
         for i, kind in enumerate(config.up_block_types):
             block = UpBlock(
                 config, levels - 1 - i, "CrossAttn" in kind, config.layers_per_block + 1, dtype,

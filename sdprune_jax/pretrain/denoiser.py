@@ -41,7 +41,7 @@ def train_unet(
     mesh: Mesh,
     directory: pathlib.Path,
 ) -> train.Params:
-    """Trains the velocity at uniform timesteps, with some captions dropped for guidance.
+    """Trains the velocity at stratified timesteps, with some captions dropped for guidance.
 
     Args:
         section: sizes and rates.
@@ -64,7 +64,11 @@ def train_unet(
         spread = jnp.exp(batch["log_variance"] / 2) * jax.random.normal(keys[0], mean.shape)
         x0 = (mean + spread) * scaling_factor
         noise = jax.random.normal(keys[1], x0.shape)
-        timestep = jax.random.randint(keys[2], x0.shape[:1], 0, len(alphas))
+        # One timestep in each of `batch_size` equally likely ranges: less variance than of drawn.
+        place = (jnp.arange(batch_size) + jax.random.uniform(keys[2])) / batch_size
+        skewed = place ** (1 / (1 + section.timestep_skew))
+        timestep = (skewed * len(alphas)).astype(jnp.int32)
+        timestep = jnp.minimum(timestep, len(alphas) - 1)  # where the sum rounded up
         drop = jax.random.bernoulli(keys[3], section.caption_dropout, x0.shape[:1])
         text = batch["text"].astype(jnp.float32)
         text = jnp.where(drop[:, None, None], frozen["null"], text)

@@ -1,6 +1,6 @@
 """From a section of the config to the pruned kernels of a component.
 
-What a criterion needs to know of layer inputs is in `STATISTIC`; what it compares, unless told, is
+What a criterion needs to know of layers is in `STATISTIC`; what it compares, unless told, is
 what its paper compares.
 """
 
@@ -18,14 +18,22 @@ from sdprune_jax.pruning import allocate, component, masks, obs, patterns, recor
 from sdprune_jax.pruning.recorder import LayerStats
 
 Kernels = Mapping[str, Float[np.ndarray, "..."]]  # by path, in Flax's layout
+Stat = LayerStats | Float[np.ndarray, "..."]  # of what a layer reads, or the loss's gradient by it
 
 STATISTIC: Mapping[str, str | None] = {
     "random": None,
     "magnitude": None,
     "wanda": "moments",
     "sparsegpt": "gram",
+    "taylor": "gradient",
 }
-_GROUP = {"random": "layer", "magnitude": "layer", "wanda": "output", "sparsegpt": "layer"}
+_GROUP = {
+    "random": "layer",
+    "magnitude": "layer",
+    "wanda": "output",
+    "sparsegpt": "layer",
+    "taylor": "layer",
+}
 
 
 class Pruned(NamedTuple):
@@ -59,6 +67,8 @@ def check(kernels: Mapping[str, Any], section: config.PruneComponent) -> None:
     if section.method == "sparsegpt" and group not in (None, "layer"):
         problems.append(f"group={group} has no meaning for sparsegpt, which has its own blocks")
     rule = (section.method, group or "layer", pattern, section.allocation)
+    if section.method == "taylor" and group == "normalised":
+        problems.append("group=normalised has no meaning for taylor, whose scores are of one scale")
     if section.threshold == "rz" and rule != ("magnitude", "layer", "unstructured", "uniform"):
         problems.append("threshold=rz is a rule of uniform layer-wise magnitude only")
     if section.allocation == "owl" and (group or "layer") not in ("layer", "output"):
@@ -82,7 +92,7 @@ def n_and_m(pattern: str) -> tuple[int, int]:
 
 
 def removed_of_each(
-    kernels: Kernels, section: config.PruneComponent, stats: Mapping[str, LayerStats]
+    kernels: Kernels, section: config.PruneComponent, stats: Mapping[str, Stat]
 ) -> dict[str, int]:
     """How many weights every layer loses."""
     sizes = {path: kernel.size for path, kernel in kernels.items()}
@@ -107,7 +117,7 @@ def prune(
     kernels: Kernels,
     section: config.PruneComponent,
     removed: Mapping[str, int],
-    stats: Mapping[str, LayerStats],
+    stats: Mapping[str, Stat],
     key: Key[Array, ""],
 ) -> Iterator[tuple[str, Pruned]]:
     """Yields every layer of `kernels`, pruned.
@@ -162,10 +172,12 @@ def prune(
 
 
 def _score(
-    kernel: Float[np.ndarray, "..."], section: config.PruneComponent, stats: LayerStats | None
+    kernel: Float[np.ndarray, "..."], section: config.PruneComponent, stats: Stat | None
 ) -> Float[np.ndarray, "..."]:
     if STATISTIC[section.method] is None:
         return np.asarray(scores.magnitude(kernel))
+    if isinstance(stats, np.ndarray):
+        return np.asarray(scores.taylor(kernel, stats))
     assert stats is not None
     return np.asarray(scores.wanda(kernel, np.asarray(recorder.mean_square(stats))))
 
@@ -174,13 +186,15 @@ def _solve(
     kernels: Kernels,
     section: config.PruneComponent,
     removed: Mapping[str, int],
-    stats: Mapping[str, LayerStats],
+    stats: Mapping[str, Stat],
 ) -> Iterator[tuple[str, Pruned]]:
     factors: dict[int, obs.Factor] = {}  # layers that read the same share it
     for path, kernel in kernels.items():
-        moment = stats[path].moment
+        found = stats[path]
+        assert isinstance(found, LayerStats)
+        moment = found.moment
         if id(moment) not in factors:
-            factors[id(moment)] = obs.factorise(stats[path], section.damping)
+            factors[id(moment)] = obs.factorise(found, section.damping)
         factor = factors[id(moment)]
         if not factor.is_positive:
             logging.warning("%s: no factor even with damping 1, so by magnitude", path)

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
+from jaxtyping import Float, Int32
 
 from sdprune_jax import checkpoint, config, convert, sites, tensors
 from sdprune_jax.data import cache, captions, tokenizer
 from sdprune_jax.models import clip
-from sdprune_jax.pruning import calibrate, inputs, masks, methods, record
+from sdprune_jax.pruning import calibrate, gradients, inputs, masks, methods, record
 from sdprune_jax.pruning.trajectory import Trajectory
 
 
@@ -113,7 +114,7 @@ def prune_component(
     flat: dict[str, np.ndarray],
     layers: Sequence[str],
     section: config.PruneComponent,
-    parts: Iterable[tuple[Sequence[str], calibrate.Stats]],
+    parts: Iterable[tuple[Sequence[str], Mapping[str, methods.Stat]]],
     seed: int,
 ) -> dict[str, Any]:
     """Prunes a component in memory.
@@ -180,7 +181,7 @@ class Calibration:
 
     def parts(
         self, flat: Mapping[str, np.ndarray], layers: list[str], statistic: str | None
-    ) -> Iterator[tuple[list[str], calibrate.Stats]]:
+    ) -> Iterator[tuple[list[str], Mapping[str, methods.Stat]]]:
         """Yields layers whose statistics fit in memory together, and those statistics.
 
         Args:
@@ -192,51 +193,71 @@ class Calibration:
             yield names, self.stats(flat, names, statistic) if statistic else {}
 
     def packages(self, layers: list[str], statistic: str) -> list[list[str]]:
-        """The layers of each part."""
+        """The layers of each part; gradients make one, as they are of all layers together."""
+        if statistic == "gradient":
+            return [layers]
         configs = {"unet": self._model.unet, "text_encoder": self._model.text_encoder}
         limit = int(self._section.max_gigabytes * 1e9)
         return inputs.packages(configs[self._component], layers, statistic, limit)
 
     def stats(
         self, flat: Mapping[str, np.ndarray], paths: Sequence[str], statistic: str
-    ) -> calibrate.Stats:
-        """What the layers at `paths` read in the component whose arrays are `flat`."""
+    ) -> Mapping[str, methods.Stat]:
+        """What the layers at `paths` read in the component whose arrays are `flat`.
+
+        Or, as "gradient", the sums of the loss's gradients by their kernels.
+        """
         start = time.perf_counter()
         section, model = self._section, self._model
         params = convert.unflatten(
             {path: jnp.asarray(x, jnp.float32) for path, x in flat.items()},
             checkpoint.param_shapes(model, self._component),
         )
-        prompts = captions.prompts(section.prompts, "train", section.num_prompts, self._seed)
-        words = tokenizer.load(model.directory / "tokenizer")
-        length = model.text_encoder.max_position_embeddings
-        ids = tokenizer.encode(words, prompts, length)
+        if statistic == "gradient":
+            assert self._component == "unet"  # checks.py refuses others
+            sums = gradients.of_pictures(
+                model, params, self._mesh, section.gradients, self._seed, self._variant
+            )
+            grads = convert.flatten(sums.grads)
+            self.seconds += time.perf_counter() - start
+            return {path: grads[path] for path in paths}
         if self._component == "text_encoder":
             found = calibrate.text_statistics(
-                model.text_encoder, params, self._mesh, ids, paths, statistic,
+                model.text_encoder, params, self._mesh, self._ids(()), paths, statistic,
                 batch_size=section.batch_size, mask_pads=section.mask_pads,
             )  # fmt: skip
         else:
-            text_params = checkpoint.load(
-                model, "text_encoder", dtype=np.float32, variant=self._variant
-            )
-            encode = jax.jit(clip.TextTower(model.text_encoder).apply)
-            encoded = encode(
-                {"params": text_params}, tokenizer.encode(words, [*prompts, ""], length)
-            )
-            text = np.asarray(encoded)
-            trajectory = Trajectory(
-                num_steps=section.num_steps, guidance_scale=section.guidance_scale,
-                batch_size=section.batch_size, timestep_weights=section.timestep_weights,
-                position_fraction=section.position_fraction,
-            )  # fmt: skip
+            text = self.text_states()
             found = calibrate.unet_statistics(
                 model, params, self._mesh, text[:-1], text[-1:], paths, statistic,
-                jax.random.key(self._seed), trajectory,
+                jax.random.key(self._seed), self.trajectory(),
             )  # fmt: skip
         jax.block_until_ready(found)
         self.seconds += time.perf_counter() - start
         return found
+
+    def text_states(self) -> Float[np.ndarray, "rows n d"]:
+        """Of the prompts and, the last row, of no text."""
+        model = self._model
+        params = checkpoint.load(model, "text_encoder", dtype=np.float32, variant=self._variant)
+        encode = jax.jit(clip.TextTower(model.text_encoder).apply)
+        return np.asarray(encode({"params": params}, self._ids([""])))
+
+    def trajectory(self) -> Trajectory:
+        section = self._section
+        return Trajectory(
+            num_steps=section.num_steps, guidance_scale=section.guidance_scale,
+            batch_size=section.batch_size, timestep_weights=section.timestep_weights,
+            position_fraction=section.position_fraction,
+        )  # fmt: skip
+
+    def _ids(self, more: Sequence[str]) -> Int32[np.ndarray, "rows n"]:
+        """Tokens of the prompts and then of `more`."""
+        section, model = self._section, self._model
+        prompts = captions.prompts(section.prompts, "train", section.num_prompts, self._seed)
+        words = tokenizer.load(model.directory / "tokenizer")
+        length = model.text_encoder.max_position_embeddings
+        return tokenizer.encode(words, [*prompts, *more], length)
 
 
 def _num_parameters(shapes: Any) -> int:

@@ -91,7 +91,7 @@ def layer_bars(layers: Sequence[Mapping[str, Any]], label: str) -> str:
         layers: in order, each with `name`, `weights`, `zeros` and `threshold`.
         label: what the bars are of, for those who cannot see them.
     """
-    blocks = [_block(layer["name"]) for layer in layers]
+    blocks = [block(layer["name"]) for layer in layers]
     starts = [i for i, name in enumerate(blocks) if i == 0 or blocks[i - 1] != name]
     ends = [*starts[1:], len(blocks)]
     bands = "".join(
@@ -233,6 +233,14 @@ def lines(
     return _plot("".join(drawn), "0 0 100 100", label, ticks, words, "tall")
 
 
+def block(name: str) -> str:
+    """Returns "down 0" for a layer of the UNet's first block, "3" for one of text layer 3."""
+    found = re.search(r"(down|mid|up)_blocks?(?:\.(\d+))?|layers\.(\d+)", name)
+    return (
+        " ".join(part for part in found.groups() if part) if found else re.split(r"[._]", name)[0]
+    )
+
+
 def _bars(heights: Sequence[float], titles: Sequence[str]) -> str:
     """Bars of unit width; heights in [0, 1]."""
     return "".join(
@@ -267,12 +275,4 @@ def _plot(
         f'<div class="plot {css}"><div class="y" aria-hidden="true">{marks}</div>'
         f'<svg viewBox="{size}" preserveAspectRatio="none" role="img" aria-label="{text(label)}">'
         f'{lines}{body}</svg><div class="x" aria-hidden="true">{words}</div></div>\n'
-    )
-
-
-def _block(name: str) -> str:
-    """Returns "down 0" for a layer of the UNet's first block, "3" for one of text layer 3."""
-    found = re.search(r"(down|mid|up)_blocks?(?:\.(\d+))?|layers\.(\d+)", name)
-    return (
-        " ".join(part for part in found.groups() if part) if found else re.split(r"[._]", name)[0]
     )

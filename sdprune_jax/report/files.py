@@ -10,70 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from sdprune_jax import tensors
-
-# A type, [of every item], {key: of its value}. "*" is any key; one that ends in "?" may be missing.
-_NUMBER = (int, float)
-_LAYER = {"name": str, "shape": [int], "weights": int, "zeros": int, "threshold": _NUMBER}
-_COMPONENT = {
-    **dict.fromkeys(("scope", "threshold"), str),
-    **dict.fromkeys(("requested", "of_prunable", "of_component", "of_pipeline"), _NUMBER),
-    **dict.fromkeys(("parameters", "prunable", "zeros", "underflow_zeros"), int),
-    "layers": [_LAYER],
-    "histogram": {"edges": [_NUMBER], "dense": [int], "pruned": [int]},
-}
-_PRUNE = {
-    **dict.fromkeys(("model", "directory", "save_dtype"), str),
-    "seconds": {"*": _NUMBER},
-    "pipeline_parameters": int,
-    "of_pipeline": _NUMBER,
-    "bytes": dict.fromkeys(("dense", "pruned", "dense_gzip", "pruned_gzip"), int),
-    "components": {"*": _COMPONENT},
-}
-_MODEL = {
-    "files": [str],
-    **dict.fromkeys(("seconds", "first_batch_seconds?", "seconds_per_image?"), _NUMBER),
-    "scores": {"*": _NUMBER},
-    "found": [bool],
-    "psnr_to_dense?": [_NUMBER],
-}
-_IMAGES = {"protocol": {}, "prompts": [str], "models": {"*": _MODEL}, "chance": {"*": _NUMBER}}
-_EVALUATION = {
-    "protocol": {
-        **dict.fromkeys(("name", "source", "remarks"), str),
-        **dict.fromkeys(("num_images", "evaluated"), int),
-    },
-    "models": {"*": {"figures": {"*": {"value": _NUMBER, "low?": _NUMBER, "high?": _NUMBER}}}},
-}
-_FIGURES = {"*": {"value": _NUMBER, "low?": _NUMBER, "high?": _NUMBER}}
-_SWEEP = {
-    "agreement": str,
-    "prompts": [str],
-    "protocol": {"name": str, "evaluated": int},
-    "dense": [{"seed": int, "images": str, "figures": _FIGURES, "chance": {"*": _NUMBER}}],
-    "rows": [
-        {
-            "seed": int,
-            "zeros": int,
-            **dict.fromkeys(("nominal", "true"), _NUMBER),
-            "components": {"*": {"method": str, "sparsity": _NUMBER}},
-            "figures": _FIGURES,
-            **dict.fromkeys(("images?", "failed?"), str),
-        }
-    ],
-    "cliffs": [
-        {
-            **dict.fromkeys(("component", "method", "criterion", "why_not?"), str),
-            **dict.fromkeys(("limit", "whole?", "broken?"), _NUMBER),
-        }
-    ],
-}
-_FORMS = {
-    "prune.json": _PRUNE,
-    "images/generate.json": _IMAGES,
-    "evaluate.json": _EVALUATION,
-    "sweep.json": _SWEEP,
-    "config.json": {},
-}
+from sdprune_jax.report import forms
 
 
 class Files(NamedTuple):
@@ -84,6 +21,10 @@ class Files(NamedTuple):
     evaluation: Mapping[str, Any]  # evaluate.json
     sweep: Mapping[str, Any]  # sweep.json
     settings: Mapping[str, Any]  # config.json
+    experts: Mapping[str, Any]  # experts/experts.json
+    assigned: Mapping[str, Any]  # assign/assign.json
+    finetuned: Mapping[str, Any]  # finetuned/finetune.json
+    texts: Mapping[str, Any]  # by expert and split, prompts.json
     folder: pathlib.Path  # of the pictures
 
 
@@ -100,13 +41,20 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
     if not workdir.is_dir():
         raise ValueError(f"{workdir} is no directory, so there is nothing to report; check workdir")
     found, problems = [], []
-    for name, form in _FORMS.items():
+    for name, form in forms.FORMS.items():
         path = workdir / name
         found.append(tensors.read_json(path) if path.exists() else {})
         problems += _misfits(found[-1], form, path.name) if path.exists() else []
-    prune, images, evaluation, sweep, settings = found
+    texts = {}
+    for path in sorted((workdir / "experts").glob("*/prompts.json")):
+        texts[path.parent.name] = tensors.read_json(path)
+        problems += _misfits(
+            texts[path.parent.name], {"*": [str]}, f"{path.parent.name}/{path.name}"
+        )
+    prune, images, evaluation, sweep, settings, experts, assigned, finetuned = found
     if not problems:  # contents only once the form is sound
         problems += [*_prune_problems(prune), *_images_problems(images), *_score_problems(images)]
+        problems += _expert_problems(experts, images)
     if not problems:
         problems += _picture_problems(images, workdir / "images", num_images)
     if problems:
@@ -114,7 +62,10 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
             f"{workdir} cannot be reported; run the stage again that wrote what is wrong:\n  "
             + tensors.listing(problems)
         )
-    return Files(prune, images, evaluation, sweep, settings, workdir / "images")
+    return Files(
+        prune, images, evaluation, sweep, settings, experts, assigned, finetuned, texts,
+        workdir / "images",
+    )  # fmt: skip
 
 
 def picture(path: pathlib.Path) -> UInt8[np.ndarray, "h w 3"]:
@@ -165,7 +116,7 @@ def _prune_problems(prune: Mapping[str, Any]) -> Iterator[str]:
 def _images_problems(images: Mapping[str, Any]) -> Iterator[str]:
     for name, model in images.get("models", {}).items():
         num_prompts = len(images["prompts"])
-        for key in ("files", "found", "psnr_to_dense"):
+        for key in ("files", "found", "psnr_to_dense", "expert"):
             values = model.get(key, [])
             if len(values) != num_prompts and (values or key == "files"):
                 yield (
@@ -180,6 +131,20 @@ def _score_problems(images: Mapping[str, Any]) -> Iterator[str]:
         for key, value in values.items():
             if key != "num" and not 0 <= value <= 1:
                 yield f"generate.json: {name}: {key} is {value}, expected 0 to 1"
+
+
+def _expert_problems(experts: Mapping[str, Any], images: Mapping[str, Any]) -> Iterator[str]:
+    rows = experts.get("experts", [])
+    units = experts.get("dense", {}).get("units", {})
+    for row in rows:
+        for site, kept in row["kept"].items():
+            if not 0 <= kept <= units.get(site, kept):
+                whole = units.get(site, "its")
+                yield f"experts.json: {row['directory']}: {site} keeps {kept} of {whole} units"
+    for name, model in images.get("models", {}).items():
+        wrong = sorted(set(model.get("expert", [])) - set(range(len(rows))))
+        if wrong:
+            yield f"generate.json: {name}: of the {len(rows)} experts, {wrong} drew pictures"
 
 
 def _picture_problems(

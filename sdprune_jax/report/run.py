@@ -16,18 +16,20 @@ from typing import Any
 import jax
 
 from sdprune_jax import config
-from sdprune_jax.report import charts, evaluation, pictures, pruning, sweep
+from sdprune_jax.report import charts, evaluation, experts, pictures, pruning, sweep
 from sdprune_jax.report import files as inputs
 from sdprune_jax.report.charts import text
 
 _TEMPLATE = pathlib.Path(__file__).with_name("page.html")
+_LABELS = {"routed": "Experts, routed"}
 
 
 def run(run: config.Run) -> pathlib.Path:
     """Writes `report.html` into the run's directory, by the first process only, and returns it.
 
     Reads `prune.json`, `images/generate.json` and `sweep.json` with their pictures,
-    `evaluate.json`, and `config.json`; what is not there is left out.
+    `evaluate.json`, the records of experts and their prompts, and `config.json`; what is not there
+    is left out.
 
     Raises:
         ValueError: naming all that is not as the stages before write it.
@@ -40,15 +42,18 @@ def run(run: config.Run) -> pathlib.Path:
     prune, images = files.prune, files.images
     sentences = pruning.verdict(prune) if prune else []
     sentences += sweep.verdict(files.sweep)
+    sentences += experts.verdict(files)
     sentences = sentences or ["Nothing was pruned in this run."]
     sentences += pictures.verdict(images)
     sentences += evaluation.verdict(files.evaluation)
     parts = [f'<p class="verdict">{sentence}</p>' for sentence in sentences]
+    images = _labelled(images)
     if images:
         parts.append(pictures.grid(images, files.folder, run.report.num_images))
         parts.append(pictures.retrieval(images))
     if files.evaluation:
-        parts.append(evaluation.figures(files.evaluation))
+        parts.append(evaluation.figures(_labelled(files.evaluation)))
+    parts.append(experts.overview(files))
     if files.sweep:
         parts.append(sweep.curves(files.sweep))
         parts.append(sweep.strips(files.sweep, path.parent, run.report.num_images))
@@ -68,6 +73,14 @@ def run(run: config.Run) -> pathlib.Path:
     new.write_text(page, encoding="utf-8")
     os.replace(new, path)
     return path
+
+
+def _labelled(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the models under the names that tables and pictures show."""
+    if not record:
+        return record
+    models = {_LABELS.get(name, name): model for name, model in record["models"].items()}
+    return {**record, "models": models}
 
 
 def _costs(prune: Mapping[str, Any], images: Mapping[str, Any]) -> str:

@@ -17,14 +17,15 @@ from sdprune_jax import checkpoint, config, convert, pipeline, sharding, sites
 from sdprune_jax.evaluate import images, networks, scores, task
 from sdprune_jax.evaluate import run as evaluate
 from sdprune_jax.evaluate.protocols import Protocol
-from sdprune_jax.pruning import calibrate, methods
+from sdprune_jax.pruning import methods
 from sdprune_jax.pruning import run as pruning
 from sdprune_jax.sweep import cliff, points
 
 _AT_ONCE = 64  # latents in memory
 
 DISTANCE = "latent_mse_to_dense"
-_Part = tuple[Sequence[str], calibrate.Stats]
+_Stats = Mapping[str, methods.Stat]
+_Part = tuple[Sequence[str], _Stats]
 
 
 class Bench(NamedTuple):
@@ -58,7 +59,7 @@ class Bench(NamedTuple):
     params: Mapping[str, Any]
     flat: Mapping[str, Mapping[str, np.ndarray]]
     widest: Mapping[tuple[str, str], list[str]]
-    stats: dict[tuple[str, str, int], calibrate.Stats | None]
+    stats: dict[tuple[str, str, int], _Stats | None]
 
 
 def open_bench(

@@ -1,0 +1,93 @@
+"""The models of a run to compare: which directory draws which prompts, and what they are of."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int32
+
+from sdprune_jax import checkpoint, tensors
+from sdprune_jax.aptp import experts
+from sdprune_jax.data import cache
+
+Directories = Mapping[str, tuple[pathlib.Path, ...]]  # by model
+
+
+class Drawn(NamedTuple):
+    """A model of a run: its directories, and which of them draws each prompt.
+
+    Attributes:
+        directories: one, or one an expert.
+        expert: of each prompt, the place of its directory.
+    """
+
+    directories: tuple[pathlib.Path, ...]
+    expert: Int32[np.ndarray, " prompts"]
+
+    def parts(self) -> list[tuple[pathlib.Path, list[int]]]:
+        """Every directory that draws anything, and the prompts that it draws, by index."""
+        own = [np.flatnonzero(self.expert == i).tolist() for i in range(len(self.directories))]
+        return [pair for pair in zip(self.directories, own, strict=True) if pair[1]]
+
+    def said(self) -> dict[str, Any]:
+        """What a record says of it."""
+        if len(self.directories) == 1:
+            return {"directory": str(self.directories[0])}
+        count = np.bincount(self.expert, minlength=len(self.directories)).tolist()
+        return {
+            "experts": [
+                {"directory": str(path), "prompts": num}
+                for path, num in zip(self.directories, count, strict=True)
+            ]
+        }
+
+
+def states(directories: Directories, workdir: pathlib.Path) -> dict[str, list[Any]]:
+    """What changes if a picture of a model may: its files and, of experts, who gets which prompt.
+
+    Raises:
+        ValueError: if a fine-tuned expert is not of the experts that the run has now, or there are
+            several and no assignment.
+    """
+    found: dict[str, list[Any]] = {
+        name: [cache.directory_state(path) for path in paths] for name, paths in directories.items()
+    }
+    paths = directories.get("routed", ())
+    other = [path.name for path in paths if not _is_of_its_source(path, workdir / "experts")]
+    if other:
+        raise ValueError(
+            f"{workdir / 'finetuned'} is of other experts than {workdir / 'experts'}, as to"
+            f" {', '.join(other)}: train them with --config.finetune=build, or remove it"
+        )
+    if len(paths) > 1:
+        found["routed"].append(experts.read_assignment(workdir)["made_from"])
+    return found
+
+
+def models(
+    directories: Directories,
+    workdir: pathlib.Path,
+    dense: checkpoint.Model,
+    texts: Sequence[str],
+    mesh: Mesh,
+) -> dict[str, Drawn]:
+    """Who draws these prompts, for every model.
+
+    Raises:
+        ValueError: as `experts.of_prompts`.
+    """
+    one = np.zeros(len(texts), np.int32)
+    return {
+        name: Drawn(
+            paths, experts.of_prompts(workdir, dense, texts, mesh) if name == "routed" else one
+        )
+        for name, paths in directories.items()
+    }
+
+
+def _is_of_its_source(path: pathlib.Path, cut: pathlib.Path) -> bool:
+    """Whether a fine-tuned expert has the shape of what it was trained from, where that is kept."""
+    own, source = (directory / "unet" / "config.json" for directory in (path, cut / path.name))
+    return not source.exists() or tensors.read_json(own) == tensors.read_json(source)

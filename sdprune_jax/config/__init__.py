@@ -1,0 +1,174 @@
+"""The schema of a run. A stage runs if, and only if, its section is set.
+
+`checks.check` holds every field to its type and to what `of` and `within` say beside it.
+"""
+
+import dataclasses
+import functools
+
+from sdprune_jax.config.base import DTYPES, Mesh, Training, of, within
+from sdprune_jax.config.experts import (
+    Assign,
+    Finetune,
+    Materialise,
+    Router,
+    RouterData,
+    RouterLosses,
+    Slice,
+)
+from sdprune_jax.config.measuring import (
+    PROTOCOLS,
+    SAMPLERS,
+    Cliff,
+    Evaluate,
+    Generate,
+    Report,
+    Sweep,
+    SweepPoint,
+)
+from sdprune_jax.config.pretraining import Pretrain, PretrainCLIP, PretrainUNet, PretrainVAE
+from sdprune_jax.config.pruning import (
+    TIMESTEP_WEIGHTS,
+    Calibration,
+    Gradients,
+    Prune,
+    PruneComponent,
+)
+
+__all__ = [
+    "DTYPES",
+    "PROTOCOLS",
+    "SAMPLERS",
+    "STAGES",
+    "TIMESTEP_WEIGHTS",
+    "Assign",
+    "Calibration",
+    "Cliff",
+    "Evaluate",
+    "Finetune",
+    "Generate",
+    "Gradients",
+    "Materialise",
+    "Mesh",
+    "Pretrain",
+    "PretrainCLIP",
+    "PretrainUNet",
+    "PretrainVAE",
+    "Prune",
+    "PruneComponent",
+    "Report",
+    "Router",
+    "RouterData",
+    "RouterLosses",
+    "Run",
+    "Slice",
+    "Sweep",
+    "SweepPoint",
+    "Training",
+    "resize",
+]
+
+STAGES = (
+    "pretrain", "prune", "router", "assign", "materialise", "slice", "finetune", "generate",
+    "evaluate", "sweep", "report",
+)  # in order  # fmt: skip
+
+
+@dataclasses.dataclass
+class Run:
+    """One experiment."""
+
+    workdir: str = "runs/run"
+    model: str = "embedded"  # directory in diffusers layout, or `embedded`
+    variant: str = ""  # e.g. fp16, of the model's files
+    seed: int = within(0, 0, 2**32 - 1)
+    dtype: str = of("float32", *DTYPES)  # of the computation
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    pretrain: Pretrain | None = None
+    prune: Prune | None = None
+    router: Router | None = None
+    assign: Assign | None = None
+    materialise: Materialise | None = None
+    slice: Slice | None = None
+    finetune: Finetune | None = None
+    generate: Generate | None = None
+    evaluate: Evaluate | None = None
+    sweep: Sweep | None = None
+    report: Report | None = None
+
+
+def resize(run: Run, size: str | None) -> Run:
+    """Returns `run` for a pod or GPU, or, for `tiny`, shrunk to a minute or two of a CPU.
+
+    Raises:
+        ValueError: if `size` is neither None nor `tiny`.
+    """
+    if size is None:
+        return run
+    if size != "tiny":
+        raise ValueError(
+            f"unknown size {size!r} after the config's name; use `tiny`, or leave it out"
+        )
+    run.workdir += "_tiny"
+    if run.pretrain:
+        run.pretrain.num_images = 64
+        shrunk = functools.partial(
+            dataclasses.replace, num_steps=4, batch_size=16, warmup_steps=1, cycles=1, log_every=2,
+            save_every=2, num_evals=1,
+        )  # fmt: skip
+        for part in (run.pretrain.clip, run.pretrain.vae, run.pretrain.unet):
+            part.training = shrunk(part.training)
+        run.pretrain.clip.tuning = run.pretrain.clip.tuning and shrunk(run.pretrain.clip.tuning)
+        run.pretrain.clip.text_layers, run.pretrain.clip.vision_layers = 2, 1
+        run.pretrain.clip.width, run.pretrain.clip.whole_from = 32, 2
+        run.pretrain.vae.widths = (8, 8, 16)
+        run.pretrain.unet.widths, run.pretrain.unet.heads = (8, 8, 16, 16), (1, 1, 2, 2)
+        run.pretrain.unet.captions_per_image = 1
+    else:
+        run.model = "embedded"
+    if run.prune:
+        run.prune.calibration = _tiny(run.prune.calibration)
+    if run.router:
+        data = dataclasses.replace(run.router.data, num_images=64, captions_per_image=1)
+        run.router = dataclasses.replace(
+            run.router, num_codes=2, num_steps=4, warmup_steps=2, batch_size=8, ramp_steps=1,
+            learning_rate=1e-2, log_every=2, save_every=2, num_evals=1, data=data,
+        )  # fmt: skip
+    if run.slice:
+        data = dataclasses.replace(run.slice.data, num_images=64, captions_per_image=1)
+        run.slice = dataclasses.replace(
+            run.slice, data=data, calibration=_tiny(run.slice.calibration)
+        )
+    if run.finetune:
+        run.finetune.training = dataclasses.replace(
+            run.finetune.training, num_steps=2, batch_size=8, warmup_steps=1, cycles=1,
+            ema_decay=0.5, log_every=1, save_every=2, num_evals=1,
+        )  # fmt: skip
+    if run.generate:
+        run.generate = dataclasses.replace(
+            run.generate, prompts="embedded", num_prompts=2, batch_size=2, num_steps=2,
+            height=None, width=None,
+        )  # fmt: skip
+    if run.evaluate:
+        run.evaluate = dataclasses.replace(
+            run.evaluate, protocol="embedded", num_images=8, batch_size=8, num_resamples=10
+        )
+    if run.sweep:
+        points = run.sweep.points
+        run.sweep = dataclasses.replace(
+            run.sweep,
+            points=points[:: -(-len(points) // 3) or 1],  # three
+            num_seeds=1, num_steps=2, cliff=None,
+            calibration=_tiny(run.sweep.calibration),
+            measure=dataclasses.replace(
+                run.sweep.measure, protocol="embedded", num_images=8, batch_size=8
+            ),
+        )  # fmt: skip
+    return run
+
+
+def _tiny(section: Calibration) -> Calibration:
+    gradients = Gradients(num_images=8, batch_size=8, num_timesteps=2)
+    return dataclasses.replace(
+        section, prompts="embedded", num_prompts=8, batch_size=8, num_steps=2, gradients=gradients
+    )

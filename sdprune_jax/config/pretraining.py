@@ -1,0 +1,61 @@
+"""The section of stage `pretrain`."""
+
+import dataclasses
+
+from sdprune_jax.config.base import Training, within
+
+
+@dataclasses.dataclass
+class PretrainCLIP:
+    """A small CLIP with a tokenizer of its own, learned from the captions."""
+
+    vocab_size: int = within(2048, 515, 2**20)
+    max_length: int = within(24, 4, 4096)  # tokens, marks included
+    text_layers: int = within(4, 2, 100)  # the text encoder keeps all but the last
+    vision_layers: int = within(4, 1, 100)
+    width: int = within(128, 8, 8192)  # of both towers
+    heads: int = within(4, 1, 256)
+    patch_size: int = within(8, 1, 64)  # pixels
+    hard_from: int = within(0, 0, 10**9)  # step from which batches are of a few subgroups
+    whole_from: int = within(0, 0, 10**9)  # step from which images are read whole, not by half
+    training: Training = dataclasses.field(default_factory=Training)
+    tuning: Training | None = None  # then, of all that the UNet does not read
+
+
+@dataclasses.dataclass
+class PretrainVAE:
+    """A KL autoencoder with 4 latent channels."""
+
+    # Of each level; each but the first halves the size.
+    widths: tuple[int, ...] = within((16, 32, 64), 1, 8192)
+    layers_per_block: int = within(1, 1, 10)
+    norm_num_groups: int = within(8, 1, 256)
+    kl_weight: float = within(3e-4, 0.0, 1.0)  # of the mean divergence of a latent value
+    training: Training = dataclasses.field(default_factory=Training)
+
+
+@dataclasses.dataclass
+class PretrainUNet:
+    """A UNet of Stable Diffusion 2's skeleton on the other two."""
+
+    widths: tuple[int, ...] = within((32, 64, 96, 96), 1, 8192)
+    heads: tuple[int, ...] = within((1, 2, 3, 3), 1, 256)
+    norm_num_groups: int = within(8, 1, 256)
+    captions_per_image: int = within(4, 1, 1000)  # text states computed and cached
+    caption_dropout: float = within(0.1, 0.0, 1.0)  # for classifier-free guidance
+    timestep_skew: float = within(
+        0.0, 0.0, 100.0
+    )  # density of timesteps t is t ** skew; 0: uniform
+    min_snr_gamma: float = within(5.0, 0.0, 1e9)  # 0: constant weights
+    remat: bool = False  # recompute activations in the backward pass: less memory, more time
+    training: Training = dataclasses.field(default_factory=Training)
+
+
+@dataclasses.dataclass
+class Pretrain:
+    """Trains a model of Stable Diffusion 2's architecture from nothing, on the embedded data."""
+
+    num_images: int = within(0, 0, 10**9)  # of the training split; 0: all
+    clip: PretrainCLIP = dataclasses.field(default_factory=PretrainCLIP)
+    vae: PretrainVAE = dataclasses.field(default_factory=PretrainVAE)
+    unet: PretrainUNet = dataclasses.field(default_factory=PretrainUNet)

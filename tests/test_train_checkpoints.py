@@ -1,0 +1,179 @@
+"""Checkpoints of a training: on any mesh, and after what disks and pods do to them."""
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import Mesh
+
+from sdprune_jax import sharding, train_checkpoints
+
+_RNG = np.random.default_rng(0)
+_HOST = {
+    "params": {"w": _RNG.normal(size=(64, 64)).astype(np.float32), "b": np.float32(-0.0)},
+    "half": _RNG.normal(size=(8, 16)).astype(jnp.bfloat16),
+    "step": np.int32(7),
+}
+# What is damaged has one leaf on one device: Orbax leaves the readers of others behind when one
+# fails, and each complains when it is collected, in whatever test that is.
+_SOLE = {"w": _HOST["params"]["w"]}
+
+
+def _mesh(data, fsdp):
+    return Mesh(np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp), ("data", "fsdp"))
+
+
+def _state(mesh, factor=1, host=_HOST):
+    shardings = jax.tree.map(lambda x: x.sharding, _like(mesh, host))
+    return sharding.place(jax.tree.map(lambda x: (x * factor).astype(x.dtype), host), shardings)
+
+
+def _like(mesh, host=_HOST):
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), host)
+    shardings = sharding.fsdp_shardings(shapes, mesh, min_bytes=0)
+    return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
+
+
+def _bytes(state):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Saved on 2 x 4 devices."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with train_checkpoints.open_manager(directory) as manager:
+        train_checkpoints.save(manager, 2, _state(_mesh(2, 4), 2))
+    return directory
+
+
+@pytest.fixture
+def sole(tmp_path):
+    """Steps 1 and 2 of a single array, times 1 and times 2."""
+    directory = tmp_path / "run" / "checkpoints"
+    with train_checkpoints.open_manager(directory) as manager:
+        for step in (1, 2):
+            train_checkpoints.save(manager, step, _state(_mesh(1, 1), step, _SOLE))
+    return directory
+
+
+def _largest_file(step: pathlib.Path) -> pathlib.Path:
+    return max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def _flip(step):
+    path = _largest_file(step)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _truncate(step):
+    path = _largest_file(step)
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def _empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def _lose_a_sum(step):
+    path = step / "checksums" / "metadata"
+    path.write_text(path.read_text().replace("'w'", "'other'"))
+
+
+def _cut_the_sums(step):
+    (step / "checksums" / "metadata").write_text("{")
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(d, f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8)
+                                            if d * f <= 8])  # fmt: skip
+def test_any_mesh_restores_the_same_bits(saved, data, fsdp):
+    mesh = _mesh(data, fsdp)
+    step, state = train_checkpoints.restore(saved, _like(mesh))
+    assert step == 2
+    assert _bytes(state) == _bytes(_state(mesh, 2))
+    assert state["params"]["w"].sharding == _like(mesh)["params"]["w"].sharding
+    assert state["params"]["w"].sharding.device_set == set(mesh.devices.flat)
+    assert train_checkpoints.checksums(state) == train_checkpoints.checksums(_state(_mesh(1, 1), 2))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_flip, "not as it was saved: ['w']"),
+        (_truncate, "Error|Exception"),
+        (_empty, "FileNotFoundError"),
+        (_lose_a_sum, "not as it was saved: ['w']"),
+        (_cut_the_sums, "is not JSON"),
+    ],
+)
+def test_damaged_step_gives_way_to_the_one_before(sole, damage, message, caplog):
+    mesh = _mesh(1, 1)
+    damage(sole / "2")
+    (sole / "3.orbax-checkpoint-tmp-1").mkdir()  # of a save that was killed
+    step, state = train_checkpoints.restore(sole, _like(mesh, _SOLE))
+    assert (step, _bytes(state)) == (1, _bytes(_state(mesh, 1, _SOLE)))
+    (warning,) = [record.getMessage() for record in caplog.records if "skipped" in record.msg]
+    assert f"{sole / '2'} is skipped: " in warning
+    assert any(part in warning for part in message.split("|"))
+
+    with train_checkpoints.open_manager(sole) as manager:  # the name is free again
+        train_checkpoints.save(manager, 2, _state(mesh, 5, _SOLE))
+    step, state = train_checkpoints.restore(sole, _like(mesh, _SOLE))
+    assert (step, _bytes(state)) == (2, _bytes(_state(mesh, 5, _SOLE)))
+    assert [path.name for path in sole.with_name("damaged").iterdir()] == ["2"]
+
+
+def test_no_intact_step_is_an_error_that_moves_nothing(sole):
+    _flip(sole / "2")
+    _empty(sole / "1")
+    with pytest.raises(ValueError, match=r"(?s)step 2: not as it was saved.*step 1: FileNotFound"):
+        train_checkpoints.restore(sole, _like(_mesh(1, 1), _SOLE))
+    assert sorted(path.name for path in sole.iterdir()) == ["1", "2"]
+
+
+def test_checkpoint_of_another_shape_is_refused(saved):
+    like = _like(_mesh(1, 1))
+    like["params"]["w"] = jax.ShapeDtypeStruct((64, 32), np.float32, sharding=like["step"].sharding)
+    with pytest.raises(ValueError, match="choose another workdir"):
+        train_checkpoints.restore(saved, like)
+
+
+def test_nothing_saved_is_no_state(tmp_path):
+    assert train_checkpoints.restore(tmp_path / "nowhere", _like(_mesh(1, 1))) is None
+    (tmp_path / "1.orbax-checkpoint-tmp-1").mkdir()
+    assert train_checkpoints.restore(tmp_path, _like(_mesh(1, 1))) is None
+
+
+def test_step_of_an_earlier_version_is_taken_without_checksums(tmp_path):
+    state = _state(_mesh(1, 2))
+    with ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions()) as manager:
+        manager.save(4, args=ocp.args.StandardSave(state))
+    with train_checkpoints.open_manager(tmp_path) as manager:  # and the training goes on beside it
+        train_checkpoints.save(manager, 8, _state(_mesh(1, 2), 3))
+    assert train_checkpoints.restore(tmp_path, _like(_mesh(2, 1)))[0] == 8
+    shutil.rmtree(tmp_path / "8")
+    step, restored = train_checkpoints.restore(tmp_path, _like(_mesh(2, 1)))
+    assert (step, _bytes(restored)) == (4, _bytes(state))
+
+
+def test_checksum_sees_every_bit_and_every_place():
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    words = x.view(np.uint32).ravel().astype(np.uint64)
+    mixed = (words ^ (np.arange(12, dtype=np.uint64) * 0x9E3779B1 % 2**32)) * 0x85EBCA77 % 2**32
+    want = int(((mixed ^ (mixed >> 15)) * 0xC2B2AE3D % 2**32).sum() % 2**32)
+    assert train_checkpoints.checksums([jnp.asarray(x)]) == {"[0]": want}
+
+    others = [x.copy() for _ in range(34)]
+    for bit in range(32):
+        others[bit].view(np.uint32)[1, 2] ^= np.uint32(1 << bit)
+    others[32][0], others[32][1] = x[1], x[0]
+    others[33][0, 0] = -0.0
+    sums = train_checkpoints.checksums([jnp.asarray(other) for other in others])
+    assert len({want, *sums.values()}) == 35
