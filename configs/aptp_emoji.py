@@ -1,11 +1,11 @@
 """APTP on the embedded model: eight experts, each for the prompts that are routed to it.
 
 The method of APTP, ICLR 2025 (https://arxiv.org/abs/2406.12042), at 80 % of the UNet's MACs, with
-our defaults; `sdprune_jax/config/experts.py` names beside each what the published code does. The router
-learns in 5,000 steps of 64 prompts, of which 500 are its warm-up; then each expert in 2,000 steps
-on its own prompts. Expected: every expert gets an eighth of the prompts, and unseen prompts keep
-0.8 of the MACs, within 2 %. Ends with pictures of the dense UNet and of the experts, their quality
-under the protocol `embedded`, and a report on who draws what.
+our defaults; `sdprune_jax/config/experts.py` names beside each what the published code does. The
+router learns in 5,000 steps of 64 prompts, of which 500 are its warm-up; then each expert in 2,000
+steps on its own prompts. Expected: every expert gets an eighth of the prompts, and unseen prompts
+keep 0.8 of the MACs, within 2 %. Ends with pictures of the dense UNet and of the experts, their
+quality under the protocol `embedded`, and a report on who draws what.
 
 python -m sdprune_jax.main --config=configs/aptp_emoji.py[:tiny]
 """

@@ -132,10 +132,10 @@ def _clashes(run: config.Run) -> list[str]:
     for i, point in enumerate(run.sweep.points if run.sweep else ()):
         texts[f"sweep.points[{i}].text_encoder"] = point.text_encoder
     found += [
-        f"config.{key}.method is taylor, but the denoising loss is of the UNet alone; use another"
-        " of its methods"
+        f"config.{key}.method is {part.method}, which is of the UNet alone: the text encoder has no"
+        " timesteps; use another of its methods"
         for key, part in texts.items()
-        if part and part.method == "taylor"
+        if part and part.method in ("obsdiff", "taylor")
     ]
     for i, point in enumerate(run.sweep.points if run.sweep else ()):
         if not (point.text_encoder or point.unet):

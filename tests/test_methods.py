@@ -70,7 +70,7 @@ def test_a_component_shares_one_threshold_and_norms_even_its_layers_out():
     assert share(found) < 0.15 < share(normalised)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_a_pattern_leaves_two_of_four_inputs(method):
     _, found = _prune(sparsity=0.5, method=method, pattern="2:4")
     runs = found["layers.0.fc1.kernel"].keep.reshape(4, 4, 6)
@@ -86,11 +86,11 @@ def _error(path, pruned):
 def test_compensation_beats_wanda_and_wanda_magnitude_in_the_outputs_of_layers():
     errors = {
         method: _prune(sparsity=0.5, method=method)[1]
-        for method in ("magnitude", "wanda", "sparsegpt")
+        for method in ("magnitude", "wanda", "sparsegpt", "alps")
     }
     for path in _SHAPES:
-        magnitude, wanda, sparsegpt = (_error(path, found[path]) for found in errors.values())
-        assert sparsegpt < wanda < magnitude
+        magnitude, wanda, sparsegpt, alps = (_error(path, found[path]) for found in errors.values())
+        assert max(sparsegpt, alps) < wanda < magnitude
         reported = errors["sparsegpt"][path].loss
         assert reported == pytest.approx(sparsegpt / 200, rel=0.1)  # but for the damping
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdprune_jax import checkpoint, config, convert, sharding, sites
-from sdprune_jax.pruning import allocate, run
+from sdprune_jax.pruning import allocate, calibrate, methods, run
 
 _MESH = sharding.make_mesh()
 UNIFORM = {"text_encoder": 0.475, "unet": 0.35}
@@ -95,3 +95,26 @@ def test_diffusers_loads_the_pruned_directory_with_its_zeros(workdir):
 def test_a_component_too_many_is_named():
     with pytest.raises(ValueError, match="no component"):
         run.run(config.Run(prune=config.Prune()), _MESH)
+
+
+def test_only_obsdiff_weighs_the_calls_of_the_sampler(monkeypatch):
+    seen = {}
+
+    def statistics(*args):
+        return seen.update({method: (args[6], args[8].timestep_weights)}) or {}
+
+    monkeypatch.setattr(calibrate, "unet_statistics", statistics)
+    monkeypatch.setattr(run.Calibration, "text_states", lambda _: np.zeros((2, 3, 4)))
+    model = checkpoint.open_model(checkpoint.directory_of("embedded"))
+    loaded = convert.flatten(checkpoint.load(model, "unet"))
+    flat = {path: np.asarray(x) for path, x in loaded.items()}
+    calibration = run.Calibration(
+        config.Calibration(), model, "unet", sharding.make_mesh(), seed=0, variant=""
+    )
+    for method in ("wanda", "sparsegpt", "obsdiff"):
+        calibration.stats(flat, [], methods.STATISTIC[method])
+    assert seen == {
+        "wanda": ("moments", "uniform"),
+        "sparsegpt": ("gram", "uniform"),
+        "obsdiff": ("gram", "log_decreasing"),
+    }

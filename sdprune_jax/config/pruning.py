@@ -15,9 +15,10 @@ class PruneComponent:
 
     sparsity: float = within(0.5, 0.0, 0.999999)  # fraction of the prunable weights removed
     scope: str = of("linear", "linear", "linear+conv", "obsdiff", "all")
-    # sparsegpt is OBS-Diff where calls of the UNet are weighted, as `calibration` does by default.
-    # taylor is of the UNet alone.
-    method: str = of("magnitude", "random", "magnitude", "wanda", "sparsegpt", "taylor")
+    # obsdiff is sparsegpt with the sampler's calls weighted. It and taylor are of the UNet alone.
+    method: str = of(
+        "magnitude", "random", "magnitude", "wanda", "sparsegpt", "obsdiff", "alps", "taylor",
+    )  # fmt: skip
     # What scores are compared with; none is as the method's paper does. normalised: the whole
     # component, every layer in units of its norm.
     group: str | None = of(None, None, "layer", "output", "component", "normalised")
@@ -46,14 +47,14 @@ class Gradients:
 
 @dataclasses.dataclass
 class Calibration:
-    """What wanda and sparsegpt see of a model's inputs. The defaults are OBS-Diff's."""
+    """What wanda and the solvers see of the layers' inputs. The defaults are OBS-Diff's."""
 
     prompts: str = "embedded"  # `embedded`: captions of the embedded data; or a text file
     num_prompts: int = within(100, 1, 10**7)
     batch_size: int = within(4, 1, 2**16)  # prompts over all devices
     num_steps: int = within(25, 1, 1000)  # of the model's own sampler
     guidance_scale: float = within(7.0, 0.0, 100.0)
-    timestep_weights: str = of("log_decreasing", *TIMESTEP_WEIGHTS)
+    timestep_weights: str = of("log_decreasing", *TIMESTEP_WEIGHTS)  # of obsdiff
     position_fraction: float = within(0.125, 1e-6, 1.0)  # of an image, for Gram matrices of convs
     mask_pads: bool = True  # Ramesh & Zhao count the padding of texts too
     # Of statistics at once. What needs more is done in parts, each on the model that those before

@@ -4,6 +4,7 @@ What a criterion needs to know of layers is in `STATISTIC`; what it compares, un
 what its paper compares.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, Key
 
 from sdprune_jax import config, convert
-from sdprune_jax.pruning import allocate, component, masks, obs, patterns, recorder, scores
+from sdprune_jax.pruning import allocate, alps, component, masks, obs, patterns, recorder, scores
 from sdprune_jax.pruning.recorder import LayerStats
 
 Kernels = Mapping[str, Float[np.ndarray, "..."]]  # by path, in Flax's layout
@@ -25,15 +26,17 @@ STATISTIC: Mapping[str, str | None] = {
     "magnitude": None,
     "wanda": "moments",
     "sparsegpt": "gram",
+    "obsdiff": "weighted_gram",
+    "alps": "gram",
     "taylor": "gradient",
 }
 _GROUP = {
     "random": "layer",
     "magnitude": "layer",
     "wanda": "output",
-    "sparsegpt": "layer",
     "taylor": "layer",
 }
+_SOLVERS = ("sparsegpt", "obsdiff", "alps")  # which choose and compensate by blocks of their own
 
 
 class Pruned(NamedTuple):
@@ -64,8 +67,10 @@ def check(kernels: Mapping[str, Any], section: config.PruneComponent) -> None:
     """
     problems = []
     group, pattern = section.group, section.pattern
-    if section.method == "sparsegpt" and group not in (None, "layer"):
-        problems.append(f"group={group} has no meaning for sparsegpt, which has its own blocks")
+    if section.method in _SOLVERS and group not in (None, "layer"):
+        problems.append(
+            f"group={group} has no meaning for {section.method}, which has its own blocks"
+        )
     rule = (section.method, group or "layer", pattern, section.allocation)
     if section.method == "taylor" and group == "normalised":
         problems.append("group=normalised has no meaning for taylor, whose scores are of one scale")
@@ -129,7 +134,7 @@ def prune(
         stats: what layers read, where the method asks for it.
         key: of random scores.
     """
-    if section.method == "sparsegpt":
+    if section.method in _SOLVERS:
         yield from _solve(kernels, section, removed, stats)
         return
     group = section.group or _GROUP[section.method]
@@ -188,21 +193,28 @@ def _solve(
     removed: Mapping[str, int],
     stats: Mapping[str, Stat],
 ) -> Iterator[tuple[str, Pruned]]:
+    unstructured: Any = obs.unstructured
+    n_of_m: Any = obs.n_of_m
+    if section.method == "alps":
+        unstructured = functools.partial(alps.unstructured, damping=section.damping)
+        n_of_m = functools.partial(alps.n_of_m, damping=section.damping)
     factors: dict[int, obs.Factor] = {}  # layers that read the same share it
     for path, kernel in kernels.items():
         found = stats[path]
         assert isinstance(found, LayerStats)
-        moment = found.moment
-        if id(moment) not in factors:
-            factors[id(moment)] = obs.factorise(found, section.damping)
-        factor = factors[id(moment)]
-        if not factor.is_positive:
-            logging.warning("%s: no factor even with damping 1, so by magnitude", path)
+        seen: LayerStats | obs.Factor = found
+        if section.method != "alps":
+            moment = id(found.moment)
+            if moment not in factors:
+                factors[moment] = obs.factorise(found, section.damping)
+            seen = factors[moment]
+            if not seen.is_positive:
+                logging.warning("%s: no factor even with damping 1, so by magnitude", path)
         flat = jnp.asarray(kernel, jnp.float32).reshape(-1, kernel.shape[-1])
         if section.pattern == "unstructured":
-            solution = obs.unstructured(flat, factor, removed[path])
+            solution = unstructured(flat, seen, removed[path])
         else:
-            solution = obs.n_of_m(flat, factor, *n_and_m(section.pattern))
+            solution = n_of_m(flat, seen, *n_and_m(section.pattern))
         yield (
             path,
             Pruned(

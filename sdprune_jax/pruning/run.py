@@ -205,7 +205,8 @@ class Calibration:
     ) -> Mapping[str, methods.Stat]:
         """What the layers at `paths` read in the component whose arrays are `flat`.
 
-        Or, as "gradient", the sums of the loss's gradients by their kernels.
+        Or, as "gradient", the sums of the loss's gradients by their kernels. In "weighted_gram" the
+        sampler's calls count as `calibration.timestep_weights` says; else all count the same.
         """
         start = time.perf_counter()
         section, model = self._section, self._model
@@ -227,10 +228,12 @@ class Calibration:
                 batch_size=section.batch_size, mask_pads=section.mask_pads,
             )  # fmt: skip
         else:
-            text = self.text_states()
+            text, walk = self.text_states(), self.trajectory()
+            if statistic != "weighted_gram":
+                walk = dataclasses.replace(walk, timestep_weights="uniform")
             found = calibrate.unet_statistics(
-                model, params, self._mesh, text[:-1], text[-1:], paths, statistic,
-                jax.random.key(self._seed), self.trajectory(),
+                model, params, self._mesh, text[:-1], text[-1:], paths,
+                statistic.removeprefix("weighted_"), jax.random.key(self._seed), walk,
             )  # fmt: skip
         jax.block_until_ready(found)
         self.seconds += time.perf_counter() - start
