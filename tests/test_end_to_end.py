@@ -19,6 +19,8 @@ def test_config_runs_as_tiny(path, tmp_path, monkeypatch):
     run.mesh.data = -1
     if run.generate:
         run.generate.batch_size = 8  # a multiple of the devices of the tests
+    if path.stem == "evaluate_embedded":  # aptp_emoji evaluates experts too
+        run.router = run.assign = run.materialise = run.finetune = None
     if run.router:  # trains every expert, and each has programs of its own
         run.model = str(aptp_model.make(tmp_path / "model", aptp_model.ONE_LEVEL).directory)
         if run.generate and run.evaluate:  # the programs of one serve the other

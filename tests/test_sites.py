@@ -210,7 +210,7 @@ def test_only_blocks_that_keep_the_width_have_depth_sites():
 def test_impossible_architectures_are_refused_with_all_problems(params):
     architecture = {
         "down_blocks.9.resnets.0": np.ones(4, bool),
-        "mid_block.resnets.0.depth": np.zeros(1, bool),
+        "down_blocks.1.resnets.0.depth": np.zeros(1, bool),  # it changes the width
         "mid_block.resnets.1": np.ones(32, bool),
         "up_blocks.0.resnets.0": np.zeros(4, bool),
         "up_blocks.0.resnets.1.depth": np.zeros(1, bool),

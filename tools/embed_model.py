@@ -27,6 +27,11 @@ from sdprune_jax.metrics import embedded
 
 STEPS, SEED, BATCH = 25, 0, 24
 GUIDANCES, NUM_TRIED = (2.0, 3.0, 4.0, 5.0, 7.5), 120  # the best of these on so many of `val`
+_CURVES = {  # of each training, in order
+    "clip": ("loss", "val_r_at_1"),
+    "vae": ("absolute", "test_psnr"),
+    "unet": ("mse", "train_mse", "val_mse"),
+}
 GRIDS = {"train": 48, "val": 24, "test": 24}  # images of each split
 
 
@@ -37,7 +42,7 @@ def main() -> None:
     target = checkpoint.directory_of("embedded")
     shutil.rmtree(target, ignore_errors=True)  # with `report.png` of the README: make it anew
     shutil.copytree(run / "model", target)
-    logs = {name: _log(run / "pretrain" / name) for name in ("clip", "clip/tuning", "vae", "unet")}
+    logs = {name: _log(run / "pretrain" / name) for name in _CURVES}
     scorer = embedded.load_scorer(target / "clip", tokenizer.load(target / "tokenizer"))
     draw = _drawer(target)
     tried = {scale: _recall(scorer, draw, "val", NUM_TRIED, scale) for scale in GUIDANCES}
@@ -49,13 +54,9 @@ def main() -> None:
         real = _pictures(split, concept, style)
         found, of_real = (_means(scorer, x, concept, style) for x in (images, real))
         recalls[split] = found | {f"real_{name}": mean for name, mean in of_real.items()}
-    for name, values in (
-        ("clip", ("loss", "val_r_at_1")),
-        ("clip/tuning", ("loss", "val_r_at_1")),
-        ("vae", ("absolute", "test_psnr")),
-        ("unet", ("mse", "train_mse", "val_mse")),
-    ):
-        (target / f"curves_{name.replace('/', '_')}.svg").write_text(_curves(logs[name], values))
+    for name, log in logs.items():
+        curves = _curves(log, _CURVES[name])
+        (target / f"curves_{name}.svg").write_text(curves)
     settings = json.loads((run / "config.json").read_text())["pretrain"]
     notes = run / "NOTES.md"
     history = notes.read_text() if notes.exists() else ""
@@ -187,8 +188,7 @@ def _card(
     counts = {name: int(size * 1e6) // 2 for name, size in sizes.items()}
     rows = []
     for name, log in logs.items():
-        part = name.split("/")[0]
-        training = settings[part]["tuning" if part != name else "training"]
+        training = settings[name]["training"]
         # A resumed run counts its seconds anew: add up the pieces.
         seconds = sum(
             before["seconds"]
@@ -197,10 +197,11 @@ def _card(
         )
         samples = training["num_steps"] * training["batch_size"]
         rows.append(
-            f"| {name} | {counts[part]:,} | {training['num_steps']:,} x {training['batch_size']} |"
+            f"| {name} | {counts[name]:,} | {training['num_steps']:,} x {training['batch_size']} |"
             f" {samples / 10178:.0f} | {seconds / 60:.0f} min | {samples / seconds:.0f} |"
         )
-    clip_log, vae_log, unet_log = logs["clip/tuning"], logs["vae"], logs["unet"]
+    clip_log, vae_log, unet_log = logs["clip"], logs["vae"], logs["unet"]
+    curves = "\n".join(f"![{name}](curves_{name}.svg)" for name in logs)
     found = "\n".join(
         f"| {split} | {GRIDS[split]} | {values['r_at_1']:.2f} | {values['r_at_10']:.2f} |"
         f" {values['real_r_at_1']:.2f} | {values['real_r_at_10']:.2f} |"
@@ -235,12 +236,9 @@ CLIP: R@1 {_last(clip_log, "val_r_at_1"):.3f}, R@10 {_last(clip_log, "val_r_at_1
 picture's style. Autoencoder: PSNR {_last(vae_log, "val_psnr"):.2f} dB on `val`, \
 {_last(vae_log, "test_psnr"):.2f} dB on `test` (held-out concepts). UNet: mean squared error of \
 the velocity {_last(unet_log, "train_mse"):.4f} on training images, \
-{_last(unet_log, "val_mse"):.4f} on `val`, same noise.
+{_last(unet_log, "val_mse"):.4f} on `val`, same noise, at timesteps as they are trained on.
 
-![CLIP](curves_clip.svg)
-![CLIP, tuning](curves_clip_tuning.svg)
-![autoencoder](curves_vae.svg)
-![UNet](curves_unet.svg)
+{curves}
 
 Guidance was chosen on {NUM_TRIED} captions of `val`:
 
