@@ -1,11 +1,14 @@
 """Converts the networks that score images, from local files to directories that evaluation reads.
 
-Inception v3 of pytorch-fid or torch-fidelity; CLIP of OpenAI, of open_clip or of transformers:
+Inception v3 of pytorch-fid or torch-fidelity; CLIP of OpenAI, of open_clip or of transformers;
+LPIPS from torchvision's AlexNet and weights/v0.1/alex.pth of the lpips package (v0.0 looks the same
+and measures something else), which evaluation adds to any protocol if it finds it under that name:
 
 python tools/convert_metric_weights.py pt_inception-2015-12-05-6726825d.pth metrics/inception
 python tools/convert_metric_weights.py ViT-B-32.pt metrics/clip-b32 --allow-torchscript
 python tools/convert_metric_weights.py open_clip_model.safetensors metrics/h14 --activation gelu
 python tools/convert_metric_weights.py clip-vit-large-patch14-336 metrics/clip-l14-336
+python tools/convert_metric_weights.py alexnet-owt-7be5be79.pth metrics/lpips --linear alex.pth
 """
 
 import argparse
@@ -26,7 +29,7 @@ import numpy as np
 import transformers
 
 from sdprune_jax import convert, tensors, weights
-from sdprune_jax.models import clip, inception
+from sdprune_jax.models import clip, inception, lpips
 
 State = Mapping[str, np.ndarray]
 
@@ -46,7 +49,7 @@ _TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.js
 _COPIED = (*_TOKENIZER, "special_tokens_map.json", "preprocessor_config.json")
 
 # What is no parameter of ours: the classifier, counters, constants.
-_UNUSED = re.compile(r"fc\.(weight|bias)|.*\.num_batches_tracked|.*\.position_ids")
+_UNUSED = re.compile(r"(fc|classifier\.\d)\.(weight|bias)|.*\.num_batches_tracked|.*\.position_ids")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,13 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if args.target.exists():
             raise ValueError(f"{args.target} exists: choose another name, or remove it")
-        files = _weight_files(args.source)
+        sources = [args.source, *([args.linear] if args.linear else [])]
+        files = [file for source in sources for file in _weight_files(source)]
         digest = _sha256(files)
         print(f"sha256 {digest}")
         if args.sha256 and args.sha256.lower() != digest:
             raise ValueError(
-                f"{args.source} has sha256 {digest}, expected {args.sha256}: it is another file, "
-                "or damaged; download it again"
+                f"{' and '.join(map(str, sources))} has sha256 {digest}, expected {args.sha256}: "
+                "it is another file, or damaged; download it again"
             )
         state = _read(files, args.allow_torchscript)
         params, config = _converted(state, args.source, args.activation)
@@ -75,7 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", type=pathlib.Path, help="file, or directory of transformers")
     parser.add_argument("target", type=pathlib.Path, help="directory to write")
-    parser.add_argument("--sha256", help="of the source, which is refused if it has another")
+    parser.add_argument(
+        "--sha256", help="of the source (and --linear, after it), refused if it has another"
+    )
+    parser.add_argument("--linear", type=pathlib.Path, help="file of the linear layers of LPIPS")
     parser.add_argument(
         "--activation",
         choices=sorted(clip.ACTIVATIONS),
@@ -168,10 +175,18 @@ def _converted(
     if "Conv2d_1a_3x3.conv.weight" in state:
         values = {"model_type": "inception_v3_2015_12_05"}
         return _matched(state, inception.param_shapes(), as_it_is), values
+    if "features.0.weight" in state:
+        if "lin0.model.1.weight" not in state:
+            raise ValueError(
+                f"{source} has no linear layers of LPIPS: give weights/v0.1/alex.pth of the lpips"
+                " package as --linear"
+            )
+        return _matched(state, lpips.param_shapes(), as_it_is), {"model_type": "lpips_0.1_alex"}
     if not {"visual.class_embedding", "token_embedding.weight"} <= state.keys():
         raise ValueError(
-            f"{source} is no Inception v3 of 2015-12-05 and no CLIP of OpenAI or open_clip with "
-            f"a vision transformer; it holds {', '.join(sorted(state)[:5])}, ..."
+            f"{source} is no Inception v3 of 2015-12-05, no AlexNet of torchvision, and no CLIP of "
+            "OpenAI or open_clip with a vision transformer; it holds "
+            f"{', '.join(sorted(state)[:5])}, ..."
         )
     if any(name in state for name in clip_files.ONLY_OPENAI):
         activation = activation or "quick_gelu"

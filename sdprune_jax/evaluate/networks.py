@@ -8,18 +8,19 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, UInt8
 
 from sdprune_jax import checkpoint, tensors
 from sdprune_jax.data import tokenizer
 from sdprune_jax.metrics import embedded, features
-from sdprune_jax.models import clip, inception
+from sdprune_jax.models import clip, inception, lpips
 
 
 class Network(NamedTuple):
     """A network, ready to embed."""
 
-    embed: features.Embed  # (params, images of 0 to 255) -> features
+    embed: features.Embed  # (params, images of 0 to 255, or pairs of them) -> features
     params: Any
     embed_texts: Callable[[Sequence[str]], Float[np.ndarray, "n d"]] | None
     weights: str  # their SHA-256
@@ -30,7 +31,7 @@ def load(name: str, directory: str, model: checkpoint.Model) -> Network:
     """Loads a network by its name in a protocol.
 
     Args:
-        name: "embedded", "inception", or that of a CLIP.
+        name: "embedded", "inception", "lpips" (of pairs of images), or that of a CLIP.
         directory: holds a directory of each name, as tools/convert_metric_weights.py writes them.
         model: the dense one. Its tokenizer is used for a CLIP: all of OpenAI's and of OpenCLIP's
             read the same, and no token after the end of a text counts.
@@ -47,12 +48,37 @@ def load(name: str, directory: str, model: checkpoint.Model) -> Network:
     if name == "inception":
         params = checkpoint.load_params(here, inception.param_shapes(), dtype=np.float32)
         return Network(_embed_inception, params, None, _state(here), None)
+    if name == "lpips":
+        params = checkpoint.load_params(here, lpips.param_shapes(), dtype=np.float32)
+        return Network(_embed_pairs, params, None, _state(here), None)
     settings = clip.CLIPConfig.from_json(tensors.read_json(here / "config.json"))
     params = checkpoint.load_params(here, clip.clip_param_shapes(settings), dtype=np.float32)
     words = tokenizer.load(model.directory / "tokenizer")
     scorer = embedded.Scorer(settings, params, words)
     embed = functools.partial(_embed_clip, scorer.model)
     return Network(embed, params, scorer.embed_texts, _state(here), None)
+
+
+def load_lpips(directory: str, model: checkpoint.Model, size: tuple[int, int]) -> Network | None:
+    """Loads "lpips" if `directory` has it: no protocol needs it.
+
+    Args:
+        directory: as of `load`.
+        model: the dense one.
+        size: height and width of the images, in pixels. Smaller than LPIPS takes: a warning.
+
+    Raises:
+        ValueError: if the weights that are there are not its.
+    """
+    if not directory or not (pathlib.Path(directory) / "lpips").is_dir():
+        return None
+    if min(size) < lpips.MIN_SIZE:
+        logging.warning(
+            "evaluate: no lpips_to_dense, for it needs images of %d pixels or more, got %d x %d",
+            lpips.MIN_SIZE, *size,
+        )  # fmt: skip
+        return None
+    return load("lpips", directory, model)
 
 
 def path(directory: str, name: str) -> pathlib.Path:
@@ -90,3 +116,8 @@ def _embed_clip(model: clip.CLIP, params: Any, images: Array) -> Float[Array, "b
 def _embed_inception(params: Any, images: Array) -> Float[Array, "b d"]:
     scaled = inception.NORMALISE["pytorch_fid"](images.astype(jnp.float32))  # as all protocols do
     return inception.InceptionV3().apply({"params": params}, scaled)  # pyrefly: ignore
+
+
+def _embed_pairs(params: Any, pairs: UInt8[Array, "b 2 h w 3"]) -> Float[Array, "b 1"]:
+    got, want = jnp.moveaxis(pairs.astype(jnp.float32) / 127.5 - 1, 1, 0)
+    return lpips.LPIPS().apply({"params": params}, got, want)[:, None]  # pyrefly: ignore

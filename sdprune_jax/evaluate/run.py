@@ -49,11 +49,12 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     for name in {metric.network for metric in protocol.metrics} - {"embedded"}:
         networks.path(section.networks, name)
     asked = task.load(protocol.data, section.data, num_images, not section.references)
+    perceptual = networks.load_lpips(section.networks, dense, size)
     record = work / "evaluate.json"
     states = routed.states(directories, work)
     made_from = cache.fingerprint(
         dataclasses.asdict(section), dataclasses.asdict(protocol), run.seed, run.dtype, states,
-        asked.state, asked.prompts,
+        asked.state, asked.prompts, *([perceptual.weights] if perceptual else []),
     )  # fmt: skip
     if record.exists() and tensors.read_json(record)["made_from"] == made_from:
         logging.info("%s is complete: made from the same config and models", record)
@@ -69,15 +70,19 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     figures = measure(section, mesh, protocol, loaded, folders, asked, work / "evaluate" / "cache")
     for name, folder in folders.items():
         if name != "dense":
-            figures[name] |= scores.to_dense(
-                folder, folders["dense"], num_images, section.num_resamples
-            )
+            pair = (folder, folders["dense"], num_images)
+            figures[name] |= scores.to_dense(*pair, section.num_resamples)
+            if perceptual:
+                figures[name] |= scores.lpips_to_dense(
+                    *pair, perceptual, mesh, num_resamples=section.num_resamples
+                )
     values = {
         "made_from": made_from,
         "protocol": dataclasses.asdict(protocol)
         | {"evaluated": len(asked.prompts), "references": asked.num_references}
         | {"height": size[0], "width": size[1], "seed": run.seed, "dtype": run.dtype},
-        "weights": {name: network.weights for name, network in loaded.items()},
+        "weights": {name: network.weights for name, network in loaded.items()}
+        | ({"lpips": perceptual.weights} if perceptual else {}),
         "models": {
             name: drawn.said() | {"figures": figures[name]} for name, drawn in models.items()
         },

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Num, UInt8
 
 from sdprune_jax.evaluate import images
 from sdprune_jax.evaluate.networks import Network
 from sdprune_jax.evaluate.protocols import Metric
 from sdprune_jax.evaluate.task import Task
 from sdprune_jax.metrics import clip_score, frechet, interval, kernel, paired
+from sdprune_jax.metrics.features import cached, extract
 
 _AT_ONCE = 64  # images in memory
 
@@ -107,6 +108,36 @@ def to_dense(
         for name, x in values.items():
             parts.setdefault(name, []).append(x)
     return {name: _mean(np.concatenate(x), num_resamples) for name, x in parts.items()}
+
+
+def lpips_to_dense(
+    directory: pathlib.Path,
+    dense: pathlib.Path,
+    num_images: int,
+    network: Network,
+    mesh: Mesh,
+    *,
+    num_resamples: int,
+) -> Figures:
+    """How different each image looks from the dense model's of the same noise: 0 is the same.
+
+    Args:
+        directory: of the images of a model; distances are kept in `cache` beside it.
+        dense: of those of the dense model.
+        num_images: to compare, from the first on, as generated.
+        network: "lpips".
+        mesh: of `sharding.make_mesh`.
+        num_resamples: of the bootstrap; 0 gives no intervals.
+    """
+
+    def load(index: Num[np.ndarray, " b"]) -> UInt8[np.ndarray, "b 2 h w 3"]:
+        of_each = (images.pictures(path, index.tolist()) for path in (directory, dense))
+        return np.stack(list(of_each), axis=1)
+
+    compute = lambda: extract(network.embed, network.params, load, num_images, mesh)
+    how, pairs = {"figure": "lpips"}, f"{directory.name}:{dense.name}:{num_images}"
+    distances = cached(directory.parent / "cache", network.weights, how, pairs, compute)[:, 0]
+    return {"lpips_to_dense": _mean(distances.astype(np.float64), num_resamples)}
 
 
 def _frechet(

@@ -6,7 +6,7 @@ from typing import Any
 from sdprune_jax.report import charts
 from sdprune_jax.report.charts import text
 
-_LOWER = ("fid", "fd_", "kid", "kd_", "cmmd", "mmd_", "latent_mse")  # lower is better
+_LOWER = ("fid", "fd_", "kid", "kd_", "cmmd", "mmd_", "latent_mse", "lpips")  # lower is better
 
 
 def verdict(evaluation: Mapping[str, Any]) -> list[str]:
