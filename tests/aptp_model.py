@@ -66,7 +66,8 @@ def write_router(workdir: pathlib.Path, model: checkpoint.Model, **changes) -> c
     """A finished router of three codes that close about a third of all gates."""
     section = config.Router(**{"num_codes": 3, "macs_budget": 0.7, "data": DATA} | changes)
     width = model.text_encoder.hidden_size
-    params = router.init_params(LAYOUT, width, section.num_codes, 0)
+    sizes = layout.layout_of(sites.table(model.unet))
+    params = router.init_params(sizes, width, section.num_codes, 0)
     rng = np.random.default_rng(1)
     shape = params["codes"].shape
     params["codes"] = rng.normal(-2.8, 1.0, size=shape).astype(np.float32)

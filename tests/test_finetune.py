@@ -23,7 +23,7 @@ TRAINING = config.Training(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return aptp_model.make(tmp_path_factory.mktemp("micro") / "model")
+    return aptp_model.make(tmp_path_factory.mktemp("micro") / "model", aptp_model.ONE_LEVEL)
 
 
 def _work(model, workdir, prompts_of=(0, 2)):
