@@ -50,7 +50,6 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     partial = work / "images.tmp"
     shutil.rmtree(partial, ignore_errors=True)
 
-    samples: dict[Any, pipeline.Sample] = {}
     images, results = {}, {}
     for name, drawn in routed.models(directories, work, dense, prompts, mesh).items():
         variant = run.variant if name == "dense" else ""
@@ -58,15 +57,12 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         seconds: collections.Counter[str] = collections.Counter()
         for directory, index in drawn.parts():
             model = checkpoint.open_model(directory)
-            architecture = (model.text_encoder, model.unet, model.vae, model.schedule)
-            if architecture not in samples:  # a masked model runs the same program
-                samples[architecture] = pipeline.make_sample(
-                    model, mesh, sampler=section.sampler, num_steps=section.num_steps,
-                    guided=section.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
-                )  # fmt: skip
+            sample = pipeline.make_sample(
+                model, mesh, sampler=section.sampler, num_steps=section.num_steps,
+                guided=section.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
+            )  # fmt: skip
             found, times = _generate(
-                model, samples[architecture], prompts, index, section, run.seed, (height, width),
-                mesh, variant,
+                model, sample, prompts, index, section, run.seed, (height, width), mesh, variant,
             )  # fmt: skip
             pictures |= zip(index, found, strict=True)
             seconds.update(times)

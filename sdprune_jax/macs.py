@@ -100,21 +100,6 @@ def by_site(
     return SiteMacs(found, total - sum(found.values()))
 
 
-def per_unit(
-    config: unet.UNetConfig, latent_size: tuple[int, int], text_tokens: int = 77
-) -> dict[str, int]:
-    """What removing one unit of each site saves of a UNet call, by site name.
-
-    For a depth site that is the whole block, so it contains the width sites inside.
-    """
-    found = by_site(config, latent_size, text_tokens).sites
-    saved = {site.name: found[site.name] // site.units for site in sites.table(config)}
-    for name in [name for name in found if name.endswith(".depth")]:
-        block = name.removesuffix("depth")
-        saved[name] = sum(cost for inner, cost in found.items() if f"{inner}.".startswith(block))
-    return saved
-
-
 def by_operator(
     config: unet.UNetConfig,
     latent_size: tuple[int, int],

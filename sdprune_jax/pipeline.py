@@ -1,5 +1,8 @@
 """Prompt to image: encode, denoise under guidance, decode, as one jitted function."""
 
+import dataclasses
+import functools
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -55,10 +58,10 @@ def make_sample(
     guided: bool,
     dtype: Any = jnp.float32,
 ) -> Sample:
-    """Compiles generation for one sampler.
+    """Compiles generation for one sampler, once for all models of one architecture.
 
     Args:
-        model: the configs of a diffusers directory.
+        model: the configs of a diffusers directory; a masked model runs the program of the dense.
         mesh: batches are split over all of its axes.
         sampler: one of `samplers.SAMPLERS`; None for what the scheduler's class says.
         num_steps: of the sampler.
@@ -69,6 +72,14 @@ def make_sample(
         `(params, ids, negative_ids, noise, guidance_scale) -> Sampled`; guidance scale 1 is the
         prompt alone. Source of guidance: Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598).
     """
+    anywhere = dataclasses.replace(model, directory=pathlib.Path())
+    return _make_sample(anywhere, mesh, sampler, num_steps, guided, jnp.dtype(dtype))
+
+
+@functools.cache
+def _make_sample(
+    model: Model, mesh: Mesh, sampler: str | None, num_steps: int, guided: bool, dtype: Any
+) -> Sample:
     encode: Any = clip.TextTower(model.text_encoder, dtype).apply
     denoise: Any = unet.UNet(model.unet, dtype).apply
     decode: Any = partial(vae.VAE(model.vae, dtype).apply, method="decode")

@@ -104,6 +104,7 @@ def _read(path: pathlib.Path, like: Any) -> tuple[Any, str]:
     try:
         # Not by the manager: its processes wait for each other, for minutes if one has failed.
         handler: Any = ocp.StandardCheckpointHandler()  # which takes paths of pathlib too
+        _check_shapes(handler.metadata(path / _STATE), like)
         state = handler.restore(path / _STATE, args=ocp.args.StandardRestore(like))
         if (path / _CHECKSUMS).exists():  # steps of earlier versions have none
             expected = tensors.read_json(path / _CHECKSUMS / "metadata")
@@ -116,6 +117,26 @@ def _read(path: pathlib.Path, like: Any) -> tuple[Any, str]:
     if not _on_every_process(not problem):
         return None, problem or "another process could not read it"
     return state, "" if expected is None else _differences(state, expected)
+
+
+def _check_shapes(saved: Any, like: Any) -> None:
+    """Before anything is read: a read that fails leaves the readers of other leaves behind."""
+    found, wanted = _shapes(saved), _shapes(like)
+    wrong = [
+        f"{name} is {found.get(name, 'absent')}, not {wanted.get(name, 'known')}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        raise ValueError(f"of another configuration: {tensors.listing(wrong)}")
+
+
+def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
 
 
 def _differences(state: Any, expected: Mapping[str, int]) -> str:

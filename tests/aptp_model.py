@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 
-from sdprune_jax import checkpoint, config, sites, tensors
+from sdprune_jax import checkpoint, config, sharding, sites, tensors
 from sdprune_jax.aptp import layout, router
 from sdprune_jax.models import unet, vae
 
@@ -27,6 +27,8 @@ ONE_LEVEL = dataclasses.replace(
     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
 )  # fmt: skip
 LAYOUT = layout.layout_of(sites.table(UNET))
+# One device: programs of eight compile for longer, and trainings of test_train.py have those.
+MESH = sharding.make_mesh(devices=jax.devices()[:1])
 DATA = config.RouterData(num_images=24, captions_per_image=2)
 
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, config, sharding
+from sdprune_jax import checkpoint, config
 from sdprune_jax.aptp import balance, data, experts, layout, train_router
 from sdprune_jax.models import unet
 
 LAYOUT = aptp_model.LAYOUT
-MESH = sharding.make_mesh()
+MESH = aptp_model.MESH
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from sdprune_jax import checkpoint, config, sharding
 from sdprune_jax.aptp import data, experts, finetune
 from sdprune_jax.models import unet
 
-MESH = sharding.make_mesh()
+MESH = aptp_model.MESH
 TRAINING = config.Training(
     num_steps=4, batch_size=8, learning_rate=2e-4, warmup_steps=1, ema_decay=0.5, log_every=2,
     save_every=2, num_evals=1,
@@ -143,5 +143,5 @@ def test_missing_experts_and_impossible_batches_are_refused(model, tmp_path):
     run = _work(model, tmp_path / "some")
     run.finetune.training = dataclasses.replace(TRAINING, batch_size=12, warmup_steps=4)
     with pytest.raises(ValueError, match="a multiple of the 8 devices") as error:
-        finetune.run(run, MESH)
+        finetune.run(run, sharding.make_mesh())
     assert "warmup_steps is 4, not fewer than the 4 steps of a cycle" in str(error.value)

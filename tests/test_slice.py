@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, checks, config, convert, macs, plan, sharding, sites
+from sdprune_jax import checkpoint, checks, config, convert, macs, plan, sites
 from sdprune_jax.aptp import data, expert_files, finetune
 from sdprune_jax.models import unet
 from sdprune_jax.pruning import bksdm, gradients, operators, slicing, structured
 
-MESH = sharding.make_mesh()
+MESH = aptp_model.MESH
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def _record(output):
 
 
 def _largest_unit(model, latent_size):
-    found = macs.per_unit(model.unet, (latent_size,) * 2, 24)
-    return max(cost for name, cost in found.items() if not name.endswith(".depth"))
+    costs = macs.by_site(model.unet, (latent_size,) * 2, 24).sites
+    return max(costs[s.name] / s.units for s in sites.table(model.unet) if s.kind != "depth")
 
 
 def test_one_expert_has_all_prompts_and_keeps_the_budget_within_a_unit(model, tmp_path):

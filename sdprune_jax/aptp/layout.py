@@ -90,23 +90,3 @@ def to_architecture(keep: Bool[np.ndarray, " d"], layout: Layout) -> sites.Archi
     """Splits one hard vector into what `sites.slice_params` takes."""
     ends = [*layout.starts[1:], *range(layout.num_width, layout.size)]
     return dict(zip((*layout.width, *layout.depth), np.split(keep, ends), strict=True))
-
-
-def from_architecture(architecture: sites.Architecture, layout: Layout) -> Bool[np.ndarray, " d"]:
-    """The inverse of `to_architecture`; sites left out are open.
-
-    Raises:
-        ValueError: naming every site that the layout lacks and every wrong length.
-    """
-    units = dict(zip(layout.width, layout.units, strict=True)) | dict.fromkeys(layout.depth, 1)
-    problems = [
-        f"{name} is not one of the {len(units)} sites of the layout"
-        if name not in units
-        else f"{name} has {units[name]} units, got {len(keep)}"
-        for name, keep in architecture.items()
-        if len(keep) != units.get(name)
-    ]
-    if problems:
-        raise ValueError("not an architecture of this UNet:\n  " + "\n  ".join(problems))
-    whole = {name: np.ones(count, bool) for name, count in units.items()}
-    return np.concatenate([architecture.get(name, keep) for name, keep in whole.items()])

@@ -5,7 +5,6 @@
 
 import dataclasses
 
-from sdprune_jax.config.base import DTYPES, Mesh, Training, of, within
 from sdprune_jax.config.experts import (
     Assign,
     Finetune,
@@ -15,6 +14,7 @@ from sdprune_jax.config.experts import (
     RouterLosses,
     Slice,
 )
+from sdprune_jax.config.fields import DTYPES, of, within
 from sdprune_jax.config.measuring import (
     PROTOCOLS,
     SAMPLERS,
@@ -33,6 +33,7 @@ from sdprune_jax.config.pruning import (
     Prune,
     PruneComponent,
 )
+from sdprune_jax.config.training import Training
 
 __all__ = [
     "DTYPES",
@@ -71,6 +72,21 @@ STAGES = (
     "pretrain", "prune", "router", "assign", "materialise", "slice", "finetune", "generate",
     "evaluate", "sweep", "report",
 )  # in order  # fmt: skip
+
+
+@dataclasses.dataclass
+class Mesh:
+    """Devices along each axis, and the processes that they belong to."""
+
+    data: int = within(-1, -1, 2**20)  # devices; -1: all that fsdp leaves
+    fsdp: int = within(1, 1, 2**20)  # devices
+    # Devices to make of a CPU: one a core trains 1.4 times as fast as one of all cores.
+    cpu_devices: int = within(1, 1, 1024)
+    # Where the processes of a run find each other. Empty: there is one. `auto`: as Cloud TPU,
+    # Slurm, Open MPI or Kubernetes says. Else HOST:PORT of the first, with the two fields below.
+    coordinator: str = ""
+    num_processes: int = within(0, 0, 2**20)  # 0: as the coordinator says
+    process_id: int = within(0, 0, 2**20)  # of this process
 
 
 @dataclasses.dataclass

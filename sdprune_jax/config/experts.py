@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from sdprune_jax.config.base import DTYPES, Training, of, within
+from sdprune_jax.config.fields import DTYPES, of, within
 from sdprune_jax.config.pruning import Calibration
+from sdprune_jax.config.training import Training
 
 
 @dataclasses.dataclass

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sdprune_jax.config.base import of, within
+from sdprune_jax.config.fields import of, within
 from sdprune_jax.config.pruning import Calibration, PruneComponent
 
 SAMPLERS = ("pndm", "ddim", "dpm++")

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from sdprune_jax.config.base import Training, within
+from sdprune_jax.config.fields import within
+from sdprune_jax.config.training import Training
 
 
 @dataclasses.dataclass

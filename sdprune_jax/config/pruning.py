@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sdprune_jax.config.base import DTYPES, of, within
+from sdprune_jax.config.fields import DTYPES, of, within
 
 TIMESTEP_WEIGHTS = (
     "uniform", "linear_increasing", "linear_decreasing", "log_increasing", "log_decreasing",

@@ -108,20 +108,17 @@ def _render(
     size: tuple[int, int],
 ) -> None:
     assert run.evaluate is not None
-    samples: dict[Any, pipeline.Sample] = {}
     for name, drawn in models.items():
         for directory, index in drawn.parts():
             model = checkpoint.open_model(directory)
-            architecture = (model.text_encoder, model.unet, model.vae, model.schedule)
-            if architecture not in samples:  # a masked model runs the same program
-                samples[architecture] = pipeline.make_sample(
-                    model, mesh, sampler=protocol.sampler, num_steps=protocol.num_steps,
-                    guided=protocol.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
-                )  # fmt: skip
+            sample = pipeline.make_sample(
+                model, mesh, sampler=protocol.sampler, num_steps=protocol.num_steps,
+                guided=protocol.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
+            )  # fmt: skip
             variant = run.variant if name == "dense" else None
             # The weights are named nowhere here: they are gone before the next expert's come.
             images.complete(
-                folders[name], model, pipeline.load(model, mesh, variant), samples[architecture],
+                folders[name], model, pipeline.load(model, mesh, variant), sample,
                 prompts, index, size=size, seed=run.seed, batch_size=run.evaluate.batch_size,
                 guidance_scale=protocol.guidance_scale, negative_prompt="",
             )  # fmt: skip
