@@ -130,16 +130,17 @@ def test_blocks_of_stable_diffusion_2_are_those_of_the_published_allocation():
     assert found["conv_in.weight"] == ["conv_in.weight"]
 
 
-def test_the_last_pattern_that_matches_a_layer_counts():
-    found = allocate.matched({"*.attn?.*": 0.2, "*.attn2.*": 0.0, "time_*": 0.9}, NAMES)
+def test_the_first_pattern_that_matches_a_layer_counts():
+    rules = [("*.attn2.*", 0.0), ("*.attn?.*", 0.2), ("time_*", 0.9)]
+    found = allocate.matched(rules, NAMES)
     assert found == {NAMES[0]: 0.2, NAMES[1]: 0.0, NAMES[5]: 0.9}
-    assert allocate.matched({}, NAMES) == {}
+    assert allocate.matched([], NAMES) == {}
 
 
 def test_patterns_that_match_nothing_are_named_with_what_is_close():
-    patterns = {"*.atn2.*": 0.2, "time_*": 90.0, "xyz": 0.5, "*.to_q.weight": 0.5}
+    rules = [("*.atn2.*", 0.2), ("time_*", 90.0), ("xyz", 0.5), ("*.to_q.weight", 0.5)]
     with pytest.raises(ValueError, match="cannot be used") as error:
-        allocate.matched(patterns, NAMES)
+        allocate.matched(rules, NAMES)
     lines = str(error.value).splitlines()[1:]
     assert lines[0].strip() == (
         "*.atn2.* matches none of the 6 layers in scope: did you mean attn2 or attn1?"
@@ -148,6 +149,13 @@ def test_patterns_that_match_nothing_are_named_with_what_is_close():
     assert lines[1].endswith("for 90 percent write 0.9")
     assert lines[2].endswith("xyz matches none of the 6 layers in scope: nothing is close to it")
     assert "*.to_q.weight matches none" in lines[3]
+
+
+def test_a_pattern_that_comes_too_late_to_count_is_refused():
+    with pytest.raises(
+        ValueError, match="to_q matches only what others before it do: put it first"
+    ):
+        allocate.matched([("*.attn?.*", 0.2), ("*.to_q", 0.0)], NAMES)
 
 
 def test_the_other_layers_make_up_for_those_with_their_own_sparsity():

@@ -12,7 +12,7 @@ import pytest
 
 from sdprune_jax import checkpoint, checks, config, convert, diffusion, pipeline, sharding
 from sdprune_jax.models import unet
-from sdprune_jax.pruning import gradients, methods, run, scores
+from sdprune_jax.pruning import gradients, methods, request, run, scores
 
 MESH = sharding.make_mesh()
 ONE = jax.sharding.Mesh(MESH.devices[:1, :1], MESH.axis_names)  # for one device, XLA is quick
@@ -130,7 +130,7 @@ def test_layers_may_share_a_threshold_on_the_change_of_the_loss():
     assert gone.max() <= stay.min()
     assert len(gone) == sum(removed.values()) == 51
     with pytest.raises(ValueError, match="whose scores are of one scale"):
-        methods.check(kernels, dataclasses.replace(section, group="normalised"))
+        request.check(kernels, dataclasses.replace(section, group="normalised"))
 
 
 def test_text_encoder_has_no_taylor():

@@ -1,12 +1,15 @@
 """Every way to prune a component, on two layers whose statistics are made up."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import config
-from sdprune_jax.pruning import methods, obs
+from sdprune_jax import checks, config, convert
+from sdprune_jax.config.pruning import Override
+from sdprune_jax.pruning import methods, obs, request, run, scores
 from sdprune_jax.pruning.recorder import LayerStats
 
 _RNG = np.random.default_rng(0)
@@ -33,7 +36,7 @@ def _stats(statistic):
 
 def _prune(**settings):
     section = config.PruneComponent(**settings)
-    methods.check(_KERNELS, section)
+    request.check(_KERNELS, section)
     stats = _stats(methods.STATISTIC[section.method] or "moments")
     removed = methods.removed_of_each(_KERNELS, section, stats)
     found = methods.prune(_KERNELS, section, removed, stats, jax.random.key(0))
@@ -95,6 +98,29 @@ def test_compensation_beats_wanda_and_wanda_magnitude_in_the_outputs_of_layers()
         assert reported == pytest.approx(sparsegpt / 200, rel=0.1)  # but for the damping
 
 
+def test_the_record_says_what_was_asked_and_what_the_outputs_lost():
+    own = (Override("conv", 0.1),)
+    flat = {path: kernel.copy() for path, kernel in _KERNELS.items()}
+    section = config.PruneComponent(0.25, method="sparsegpt", overrides=own)
+    parts = [([path], {path: stats}) for path, stats in _stats("gram").items()]
+    done = json.loads(json.dumps(run.prune_component(flat, list(flat), section, parts, 0)))
+    assert done["overrides"] == [{"layers": "conv", "sparsity": 0.1}]
+    assert done["zeros"] == 69
+    assert "band" not in done
+    for path, row in zip(flat, done["layers"], strict=True):
+        x, n_out = _inputs(path), _SHAPES[path][-1]
+        before, after = (x @ kernels[path].reshape(-1, n_out) for kernels in (_KERNELS, flat))
+        want = np.sum((before - after) ** 2) / np.sum(before**2)
+        assert row["output_error"] == pytest.approx(want, rel=1e-4)
+        assert row["zeros"] == {"layers.0.fc1": 51, "conv": 18}[row["name"]]
+
+
+def test_a_sparsity_in_percent_of_some_layers_gets_the_fraction():
+    part = config.PruneComponent(overrides=(Override("*.ff.*", 35.0),))
+    with pytest.raises(ValueError, match=r"overrides\[0\]\.sparsity is 35.*so 35 % is 0\.35"):
+        checks.check(config.Run(prune=config.Prune(unet=part)))
+
+
 def test_a_gram_matrix_without_a_factor_falls_back_to_magnitude(monkeypatch):
     monkeypatch.setattr(obs, "factorise", lambda stats, _: _hopeless(stats))
     _, found = _prune(sparsity=0.5, method="sparsegpt")
@@ -110,6 +136,80 @@ def _hopeless(stats):
     return obs.Factor(jnp.full((n_in, n_in), jnp.nan), jnp.zeros(n_in, bool), 1.0, False)
 
 
+def test_layers_with_a_sparsity_of_their_own_leave_the_rest_to_the_others():
+    own = (Override("conv", 0.1), Override("*", 0.6))
+    with pytest.raises(
+        ValueError, match=r"0\.2717 is the lowest .* and 0\.2717 more than the high"
+    ):
+        _prune(sparsity=0.45, overrides=own)  # 18 and 57 of 276
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        removed, found = _prune(sparsity=0.25, method=method, group=None, overrides=own[:1])
+        assert removed == {"layers.0.fc1.kernel": 69 - 18, "conv.kernel": 18}
+        if method != "wanda":  # which rounds every output down
+            assert {path: int((~x.keep).sum()) for path, x in found.items()} == removed
+    removed, _ = _prune(
+        sparsity=0.25, allocation="owl", owl_multiple=1.5, overrides=(Override("layers*"),)
+    )
+    assert removed == {"layers.0.fc1.kernel": 0, "conv.kernel": 69}
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
+def test_a_layer_left_alone_stays_as_it_is_and_follows_no_pattern(method):
+    section = config.PruneComponent(
+        method=method, pattern="4:8", overrides=(Override("conv", 0.0),)
+    )  # whose 4 channels make no run of 8
+    request.check(_KERNELS, section)
+    stats = _stats(methods.STATISTIC[method] or "moments")
+    removed = methods.removed_of_each(_KERNELS, section, stats)
+    found = dict(methods.prune(_KERNELS, section, removed, stats, jax.random.key(0)))
+    assert found["conv.kernel"].keep.all()
+    assert found["conv.kernel"].kernel is None
+    runs = found["layers.0.fc1.kernel"].keep.reshape(2, 8, 6)
+    assert (runs.sum(axis=1) == 4).all()
+    sizes = {path: kernel.size for path, kernel in _KERNELS.items()}
+    assert request.num_removed(sizes, section) == 48
+
+
+def test_overrides_hold_for_layers_that_are_pruned_in_parts():
+    section = config.PruneComponent(0.25, overrides=(Override("conv", 0.1),))
+    sizes = {path: kernel.size for path, kernel in _KERNELS.items()}
+    for path in _SHAPES:
+        part = {path: _KERNELS[path]}
+        removed = methods.removed_of_each(part, section, {}, sizes)
+        assert removed == {path: {"layers.0.fc1.kernel": 51, "conv.kernel": 18}[path]}
+
+
+def test_a_band_removes_what_lies_between_two_quantiles_of_layers_or_of_outputs():
+    _, found = _prune(sparsity=0.3, band=(0.5, 0.8))
+    for path, pruned in found.items():
+        order = np.argsort(np.abs(_KERNELS[path]), axis=None)
+        n = order.size
+        gone = np.flatnonzero(~pruned.keep)
+        assert set(gone) == set(order[int(0.5 * n) : n * 8 // 10])
+    _, found = _prune(sparsity=0.25, method="wanda", band=(0.75, 1.0))
+    stats = _stats("moments")
+    for path, pruned in found.items():
+        score = scores.wanda(_KERNELS[path], np.asarray(stats[path].moment))
+        rows = convert.to_torch(path, score).reshape(score.shape[-1], -1)
+        keep = convert.to_torch(path, pruned.keep).reshape(rows.shape)
+        assert ((~keep).sum(axis=1) == rows.shape[1] // 4).all()
+        assert (
+            np.min(rows, axis=1, where=~keep, initial=np.inf)
+            >= np.max(rows, axis=1, where=keep, initial=0)
+        ).all()
+
+
+def test_the_error_of_a_solver_is_that_of_the_outputs_it_changes():
+    for method in ("sparsegpt", "alps"):
+        _, found = _prune(sparsity=0.5, method=method)
+        for path, pruned in found.items():
+            kernel = _KERNELS[path].reshape(-1, _SHAPES[path][-1])
+            whole = np.sum((_inputs(path) @ kernel) ** 2)
+            assert pruned.output_error == pytest.approx(_error(path, pruned) / whole, rel=1e-4)
+    zero = np.zeros((16, 6), np.float32)
+    assert obs.relative_error(zero, zero, _stats("gram")["layers.0.fc1.kernel"]) == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -119,8 +219,22 @@ def _hopeless(stats):
         ({"allocation": "owl", "group": "component"}, "its own sparsity"),
         ({"pattern": "2:4", "sparsity": 0.4}, "set sparsity to that"),
         ({"pattern": "4:8"}, r"conv\.weight"),  # 4 channels
+        ({"overrides": (Override("cnov"),)}, "cnov matches none of the 2 .* did you mean conv"),
+        ({"overrides": (Override("conv"),), "group": "component"}, "give layers their own"),
+        ({"overrides": (Override("conv"),), "threshold": "rz"}, "uniform layer-wise magnitude"),
+        ({"overrides": (Override("conv"),)}, "0.5 is out of reach: 1 of 2 layers"),
+        ({"band": (0.4, 0.2)}, r"band=\(0.4, 0.2\) is no \(low, high\)"),
+        ({"band": (0.0, 1.0)}, "less than all"),
+        ({"band": (0.3,)}, r"is no \(low, high\)"),
+        ({"band": (0.8, 0.9)}, "removes 0.1; set sparsity to that"),
+        ({"band": (0.2, 0.7), "method": "alps"}, "alps, which has no scores"),
+        ({"band": (0.2, 0.7), "group": "component"}, "group=component compares layers"),
+        ({"band": (0.2, 0.7), "pattern": "2:4"}, "no pattern, allocation or overrides"),
     ],
 )
 def test_what_cannot_go_together_is_refused(settings, message):
+    section = config.PruneComponent()
+    for name, value in settings.items():  # as the command line does
+        setattr(section, name, value)
     with pytest.raises(ValueError, match=message):
-        methods.check(_KERNELS, config.PruneComponent(**settings))
+        request.check(_KERNELS, section)

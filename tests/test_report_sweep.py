@@ -82,6 +82,42 @@ def test_the_page_says_where_it_breaks_and_shows_it(tmp_path):
     assert len(marked) == 2  # at 50 % alone
 
 
+def test_methods_scopes_and_seeds_are_told_apart(tmp_path):
+    run = _write(tmp_path)
+    table = json.loads((tmp_path / "sweep.json").read_text())
+    table["dense"] += [table["dense"][0] | {"seed": seed} for seed in (1, 2)]
+    table["cliffs"], table["rows"] = [], []
+    found = {  # distances of three seeds at 20 % and at 50 %
+        ("linear", "wanda"): ([0.1, 0.2, 0.3], [0.5, 0.6, 0.1]),
+        ("linear", "sparsegpt"): ([0.2, 0.2, 0.2], [0.2, 0.3, 0.4]),
+        ("linear+conv", "wanda, linear+conv"): ([0.4, 0.5, 0.6], [0.7, 0.7, None]),
+    }
+    for (scope, method), distances in found.items():
+        for sparsity, values in zip((0.2, 0.5), distances, strict=True):
+            for seed, value in enumerate(values):
+                row = _row("1", sparsity, 0.2, value, seed)
+                part = {"method": method, "scope": scope, "sparsity": sparsity}
+                row["components"] = {"unet": part}
+                if value is None:
+                    row |= {"figures": {}, "failed": "images are not finite"}
+                table["rows"].append(row)
+    (tmp_path / "sweep.json").write_text(json.dumps(table))
+    page = read(run)
+    for words in (
+        "6 pruned models were measured on 2 prompts and 3 seeds",
+        "Nearest to dense's latents at a sparsity of 50%: sparsegpt on the UNet, linear layers"
+        " (0.3, the nearest in 2 of 3 seeds).",
+        "wanda at 20.0%: 0.2, 0.1 to 0.3 in 3 seeds",
+        "0.2 (0.1 to 0.3)",
+        "0.7 (0.7 to 0.7) 1 of 3 failed",
+        "A dot is the mean of 3 seeds",
+        "UNet, linear layers and convolutions: wanda, linear+conv",
+    ):
+        assert words in page.text, words
+    lines = [path["class"] for path in page.all("path") if path["class"].startswith("line")]
+    assert lines == ["line s0", "line s1"] * 3 + ["line s0"] * 3  # of three figures each
+
+
 def test_a_table_of_another_form_is_refused(tmp_path):
     run = _write(tmp_path)
     table = json.loads((tmp_path / "sweep.json").read_text())

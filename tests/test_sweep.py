@@ -24,6 +24,7 @@ from sdprune_jax import (
     sharding,
     sites,
 )
+from sdprune_jax.config.pruning import Override
 from sdprune_jax.evaluate import networks, task
 from sdprune_jax.evaluate import run as evaluate
 from sdprune_jax.pruning import run as pruning
@@ -285,6 +286,21 @@ def test_what_would_end_a_sweep_later_is_told_at_once(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+def test_overrides_that_match_nothing_or_put_the_cliff_out_of_reach_are_told_at_once(tmp_path):
+    late = config.PruneComponent(0.3, overrides=(Override("*.atn1.*"), Override("*.ff.*")))
+    high = config.PruneComponent(0.3, overrides=(Override("*.ff.*"),))
+    section = config.Sweep(points=(config.SweepPoint(unet=late), config.SweepPoint(unet=high)))
+    section.cliff = config.Cliff()
+    with pytest.raises(ValueError, match=r"config\.sweep is not possible") as error:
+        run.run(config.Run(workdir=str(tmp_path / "work"), sweep=section), _MESH)
+    for words in (
+        "points[0].unet: ", "*.atn1.* matches none", "did you mean attn1",
+        "cliff.highest, series 1.unet: ", "a sparsity of 0.95 is out of reach",
+    ):  # fmt: skip
+        assert words in str(error.value)
+    assert "points[1]" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("points_", "message"),
     [
@@ -312,8 +328,26 @@ def test_series_are_points_that_differ_in_one_sparsity():
     ]  # fmt: skip
     assert found[0].sparsities == tuple(sorted(found[0].sparsities))
     assert found[3].point(0.525) in paper.sweep.points
-    fixed = config.SweepPoint(unet=config.PruneComponent(0.5, pattern="2:4"))
-    assert not list(points.series([fixed]))
+    fixed = config.PruneComponent(0.5, pattern="2:4")
+    band = config.PruneComponent(0.3, band=(0.2, 0.5))
+    assert not list(points.series([config.SweepPoint(unet=fixed), config.SweepPoint(band)]))
+    assert points.method(band) == "magnitude, band 0.2 to 0.5"
+
+
+def test_a_point_whose_layers_have_their_own_sparsity_is_counted_and_named():
+    own = (Override("*.attn2.*", 0.1), Override("time_*"))
+    part = config.PruneComponent(0.5, pattern="2:4", overrides=own)
+    assert points.method(part) == "magnitude, 2:4, *.attn2.* at 0.1, time_* at 0"
+    model = checkpoint.open_model(checkpoint.directory_of("embedded"))
+    shapes = {name: checkpoint.param_shapes(model, name) for name in points.COMPONENTS}
+    flat = convert.flatten(shapes["unet"])
+    sizes = {p: flat[p].size for p in sites.prunable(shapes["unet"], "unet", "linear")}
+    attn2 = [path for path in sizes if ".attn2." in path]
+    rest = [p for p in sizes if ".attn2." not in p and not p.startswith("time_")]
+    want = sum(sizes[path] // 10 for path in attn2) + sum(sizes[path] for path in rest) // 2
+    assert points.expected(config.SweepPoint(unet=part), shapes).zeros == want
+    plain = config.PruneComponent(0.5, overrides=own)  # the others make up for them
+    assert points.expected(config.SweepPoint(unet=plain), shapes).zeros == sum(sizes.values()) // 2
 
 
 def test_dry_run_lists_the_paper_with_nominal_and_true_sparsity(tmp_path):

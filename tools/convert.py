@@ -1,8 +1,13 @@
-"""Converts Stable Diffusion 2 between diffusers, old Flax and single-file checkpoints.
+r"""Converts Stable Diffusion 2 between diffusers, old Flax and single-file checkpoints.
+
+Also reads what the authors of APTP publish: a pruning, into the router of a run, and experts.
 
 python tools/convert.py models/sd2-1-base sd2.safetensors --dtype float16
 python tools/convert.py v2-1_512-ema-pruned.safetensors models/sd2 --prediction-type epsilon
 python tools/convert.py old-flax-model models/sd2
+python tools/convert.py aptp/pruning runs/aptp --from aptp --config models/sd21
+python tools/convert.py aptp/arch3/checkpoint-30000 runs/aptp/finetuned/03 --from aptp \
+    --config models/sd21
 """
 
 import argparse
@@ -16,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import aptp_files
 import flax_files
 import infer_configs
 import jax
@@ -36,6 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kind = _format(source) if args.source_format == "auto" else args.source_format
         if args.target_format == "auto":
             args.target_format = "single" if target.suffix == ".safetensors" else "diffusers"
+        if kind == "aptp" and args.config is None:
+            raise ValueError("what APTP's authors publish needs --config: the dense model it is of")
+        if kind == "aptp" and args.target_format != "diffusers":
+            raise ValueError("what APTP's authors publish has no single file: choose a directory")
+        if kind == "aptp" and (source / "hypernet").is_dir():
+            dense = checkpoint.open_model(args.config)
+            print(aptp_files.write_pruning(source, target, dense, args.encoder))
+            return
         if target.exists() and not args.overwrite:
             raise ValueError(f"{target} exists: choose another name, or add --overwrite")
         if target.is_dir() and not (target / "model_index.json").is_file():
@@ -53,14 +67,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", type=pathlib.Path)
     parser.add_argument("target", type=pathlib.Path)
-    parser.add_argument("--from", dest="source_format", choices=("auto", *FORMATS), default="auto")
+    forms = ("auto", *FORMATS, "aptp")
+    parser.add_argument("--from", dest="source_format", choices=forms, default="auto")
     parser.add_argument("--to", dest="target_format", choices=("auto", *FORMATS), default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the weights written")
     parser.add_argument("--variant", help="of the weights read: fp16 for *.fp16.safetensors")
     parser.add_argument(
         "--config",
         type=pathlib.Path,
-        help="diffusers directory: configs, tokenizer of a single file",
+        help="diffusers directory: configs, tokenizer of a single file; of aptp, the dense model",
+    )
+    parser.add_argument(
+        "--encoder",
+        default="models/all-mpnet-base-v2",
+        help="of prompts, for a pruning of aptp: the directory of sentence-transformers",
     )
     parser.add_argument(
         "--prediction-type",
@@ -80,6 +100,8 @@ def _format(source: pathlib.Path) -> str:
     if source.is_dir():
         is_flax = any((source / name / file).exists() for name, file in flax_files.FILES.items())
         has_safetensors = any((source / "unet").glob("*.safetensors*"))
+        if (source / "hypernet").is_dir() or (source / "arch_vector.pt").is_file():
+            return "aptp"
         return "flax" if is_flax and not has_safetensors else "diffusers"
     if source.suffix != ".safetensors":
         raise ValueError(f"{source} is neither a directory nor a .safetensors file")
@@ -88,7 +110,9 @@ def _format(source: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def _configs(args: argparse.Namespace, kind: str) -> Iterator[checkpoint.Model]:
-    if kind != "single":
+    if kind == "aptp":
+        yield aptp_files.expert(args.source, checkpoint.open_model(args.config))
+    elif kind != "single":
         yield checkpoint.open_model(args.source)
     elif args.config is not None:
         yield checkpoint.open_model(args.config)
@@ -109,6 +133,9 @@ def _read(
 ) -> tuple[dict[str, Any], dict[str, tensors.StoredTensor]]:
     if kind == "single":
         return single_file.read(args.source, model)
+    if kind == "aptp":
+        shapes = checkpoint.param_shapes(model, "unet")
+        return {"unet": checkpoint.load_params(args.source / "unet", shapes)}, {}
     params, extra = {}, {}
     for component in checkpoint.COMPONENTS:
         if kind == "flax":

@@ -5,6 +5,7 @@ All of it is computed once, on all devices, and kept under a key of what it was 
 
 import functools
 import pathlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,27 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Int32, Key, Shaped
+from jaxtyping import Array, Float, Int, Int32, Key, Shaped, UInt8
 
 from sdprune_jax import checkpoint, config, diffusion, pipeline, sharding, tensors, train
-from sdprune_jax.data import cache, captions, emoji, tokenizer
+from sdprune_jax.aptp.pictures import Prompts as Prompts
+from sdprune_jax.aptp.pictures import Stored, state
+from sdprune_jax.aptp.pictures import embedded as embedded
+from sdprune_jax.aptp.pictures import pictures as pictures
+from sdprune_jax.aptp.pictures import prompts as prompts
+from sdprune_jax.data import cache, emoji, tokenizer
 from sdprune_jax.models import clip, sentence, vae
 
 _ROWS_PER_DEVICE = 32  # that a device encodes at once
-
-
-class Prompts(NamedTuple):
-    """The prompts of a split, `num_captions` of every picture after one another.
-
-    Attributes:
-        texts: the prompts.
-        concept: row of `emoji.concepts()`.
-        style: row of `emoji.styles()`.
-    """
-
-    texts: list[str]
-    concept: Int32[np.ndarray, " rows"]
-    style: Int32[np.ndarray, " rows"]
+_IN_MEMORY = 2**31  # bytes; larger arrays are written to disk as they are computed
 
 
 class Noised(NamedTuple):
@@ -74,23 +67,6 @@ class Examples(NamedTuple):
         }
 
 
-def pictures(section: config.RouterData, split: str) -> emoji.Pairs:
-    """The pictures of a split, or the first of them."""
-    return emoji.Pairs(*(x[: section.num_images or None] for x in _load(split)))
-
-
-def prompts(section: config.RouterData, pairs: emoji.Pairs, split: str, seed: int) -> Prompts:
-    """The canonical caption of every picture and, for `train`, drawn ones."""
-    count = section.captions_per_image if split == "train" else 1
-    rng = np.random.default_rng([seed, emoji.SPLITS.index(split)])
-    texts = []
-    for c, s in zip(pairs.concept, pairs.style, strict=True):
-        concept, style = emoji.concepts()[c], emoji.styles()[s].word
-        texts.append(captions.caption(concept, style))
-        texts += [captions.augmented(rng, concept, style) for _ in range(count - 1)]
-    return Prompts(texts, np.repeat(pairs.concept, count), np.repeat(pairs.style, count))
-
-
 def embeddings(
     section: config.RouterData,
     model: checkpoint.Model,
@@ -124,14 +100,18 @@ def embeddings(
         if is_own:
             params = checkpoint.load(model, "text_encoder", dtype=np.float32, variant=variant)
             encode = functools.partial(_pooled_text, model.text_encoder)
-            return {"embedding": _encode(encode, params, _ids(model, texts), mesh)}
+            ids = _ids(model, texts)
+            return {
+                "embedding": _encode(encode, params, ids.__getitem__, len(ids), mesh, cache_dir)
+            }
         encoder = sentence.SentenceConfig.from_json(tensors.read_json(directory / "config.json"))
         params = checkpoint.load_params(directory, sentence.param_shapes(encoder), dtype=np.float32)
         words: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         found = words(list(texts), padding=True, truncation=True, max_length=encoder.max_tokens)
         keys = ("input_ids", "attention_mask")
         both = np.stack([np.array(found[key], np.int32) for key in keys], axis=1)
-        return {"embedding": _encode(functools.partial(_pooled, encoder), params, both, mesh)}
+        encode = functools.partial(_pooled, encoder)
+        return {"embedding": _encode(encode, params, both.__getitem__, len(both), mesh, cache_dir)}
 
     if cache_dir is None:
         return compute()["embedding"]
@@ -142,7 +122,7 @@ def embeddings(
 def examples(
     section: config.RouterData,
     model: checkpoint.Model,
-    pairs: emoji.Pairs,
+    pairs: emoji.Pairs | Stored,
     texts: Sequence[str],
     mesh: Mesh,
     cache_dir: pathlib.Path | None,
@@ -161,9 +141,9 @@ def examples(
 
     def latents() -> cache.Arrays:
         params = checkpoint.load(model, "vae", dtype=np.float32, variant=variant)
-        both = np.stack([pairs.images, pairs.images[:, :, ::-1]][:num_flips], axis=1)
-        flat = both.reshape(-1, *both.shape[2:])
-        moments = _encode(functools.partial(_moments, model.vae), params, flat, mesh)
+        take = functools.partial(_mirrored, pairs.images, num_flips)
+        encode = functools.partial(_moments, model.vae)
+        moments = _encode(encode, params, take, num_flips * len(pairs.images), mesh, cache_dir)
         moments = moments.reshape(-1, num_flips, *moments.shape[1:])
         mean, log_variance = np.split(moments, 2, axis=-1)
         return {"mean": mean, "log_variance": log_variance}
@@ -171,14 +151,15 @@ def examples(
     def states() -> cache.Arrays:
         params = checkpoint.load(model, "text_encoder", dtype=np.float32, variant=variant)
         encode = functools.partial(_states, model.text_encoder)
-        found = _encode(encode, params, _ids(model, [*texts, ""]), mesh)
+        ids = _ids(model, [*texts, ""])
+        found = _encode(encode, params, ids.__getitem__, len(ids), mesh, cache_dir)
         return {"states": found[:-1], "null": found[-1:]}
 
     embedding = embeddings(section, model, texts, mesh, cache_dir, variant)
     if cache_dir is None:
         return Examples(embedding, **states(), **latents())
     vae_state = cache.directory_state(model.directory / "vae")
-    key = cache.fingerprint(vae_state, pairs.images, num_flips)
+    key = cache.fingerprint(vae_state, state(pairs), num_flips)
     moments = cache.cached(cache_dir, "latents", key, latents)
     encoder_state = cache.directory_state(model.directory / "text_encoder")
     text = cache.cached(cache_dir, "text", cache.fingerprint(encoder_state, list(texts)), states)
@@ -201,11 +182,6 @@ def noised(
     alpha = jnp.asarray(alphas)[timestep]
     target = diffusion.training_target(x0, noise, alpha, schedule.prediction_type)
     return Noised(diffusion.add_noise(x0, noise, alpha), timestep, target, alpha)
-
-
-@functools.cache  # every stage reads them: decoding takes seconds, and all of them 140 MB
-def _load(split: str) -> emoji.Pairs:
-    return emoji.load(split)
 
 
 def _pooled_text(
@@ -243,13 +219,42 @@ def _ids(model: checkpoint.Model, texts: Sequence[str]) -> Int32[np.ndarray, "ro
     return tokenizer.encode(words, texts, model.text_encoder.max_position_embeddings)
 
 
+def _mirrored(
+    images: Any, num_flips: int, rows: Int[np.ndarray, " b"]
+) -> UInt8[np.ndarray, "b h w 3"]:
+    """Rows of every picture and, with two flips, of its mirror image after it."""
+    found = images[rows // num_flips]
+    return np.where((rows % num_flips)[:, None, None, None] == 1, found[:, :, ::-1], found)
+
+
 def _encode(
-    apply: Callable[[train.Params, Any], Array], params: train.Params, rows: np.ndarray, mesh: Mesh
+    apply: Callable[[train.Params, Any], Array],
+    params: train.Params,
+    take: Callable[[Int[np.ndarray, " b"]], np.ndarray],
+    num_rows: int,
+    mesh: Mesh,
+    scratch: pathlib.Path | None,
 ) -> np.ndarray:
-    """`apply` of all rows, a batch at a time, split over all devices."""
+    """`apply` of all rows, which `take` reads a batch at a time, split over all devices.
+
+    What is large is kept in a file in `scratch`, which nobody sees, and not in memory.
+    """
     placed = sharding.batch_sharding(mesh)
     encode = jax.jit(apply, in_shardings=(None, placed), out_shardings=placed)
-    params = jax.device_put(params, sharding.replicated(mesh))
-    batches = cache.in_batches(len(rows), _ROWS_PER_DEVICE * mesh.size)
-    parts = [sharding.to_host(encode(params, rows[batch])) for batch in batches]
-    return np.concatenate(parts)[: len(rows)]
+    params, found = jax.device_put(params, sharding.replicated(mesh)), np.zeros(0)
+    for batch in cache.in_batches(num_rows, _ROWS_PER_DEVICE * mesh.size):
+        part = sharding.to_host(encode(params, take(batch)))
+        if not found.size:
+            found = _room(part, num_rows, scratch)
+        found[batch] = part  # the last row again and again, at the end
+    return found
+
+
+def _room(part: np.ndarray, num_rows: int, scratch: pathlib.Path | None) -> np.ndarray:
+    """An empty array of rows like those of `part`."""
+    shape = (num_rows, *part.shape[1:])
+    if scratch is None or num_rows * part[0].nbytes < _IN_MEMORY:
+        return np.empty(shape, part.dtype)
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=scratch) as file:  # there as long as the array is
+        return np.memmap(file, part.dtype, "w+", shape=shape)

@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from sdprune_jax import checkpoint, config, macs, sites, tensors
 from sdprune_jax.aptp import balance, data, expert_files, gates, router, train_router, zero_padding
 from sdprune_jax.aptp.layout import Layout, layout_of, to_architecture
 from sdprune_jax.data import cache, emoji
 
+CODE_GATES = "code_gates.npy"  # beside a router that was not trained here: tools/convert.py
 _TOLERANCE = 0.02  # of the budget, beyond which a warning is due
+_ROWS = {"none": 512, "published": 2048}  # prompts at once; the published noise is of the row
 
 
 def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -29,7 +31,7 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
         which of all gates each expert keeps; and `experts_<split>.npy`, of every prompt.
 
     Raises:
-        ValueError: if the run has no finished router.
+        ValueError: if the run has no finished router, or not the gates that `final_codes` asks for.
     """
     section, work = run.assign, pathlib.Path(run.workdir)
     assert section is not None
@@ -41,7 +43,10 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
         return output
 
     layout = layout_of(sites.table(model.unet))
-    code_gates = _code_gates(params, layout, section.final_codes, values["seed"])
+    if section.final_codes == "stored":
+        code_gates = _stored_gates(work / "router", section.fit_budget)
+    else:
+        code_gates = _code_gates(params, layout, section.final_codes, values["seed"])
     similarity, labels = {}, {}
     for split in emoji.SPLITS:
         pairs = data.pictures(trained.data, split)
@@ -77,9 +82,7 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
     for split, found in experts.items():
         np.save(partial / f"experts_{split}.npy", found)
         report[split] = balance.figures(found, kept, trained.macs_budget)
-        groups = [emoji.concepts()[c].group for c in labels[split].concept]
-        group = np.unique(groups, return_inverse=True)[1]
-        report[split] |= balance.information(found, {"style": labels[split].style, "group": group})
+        report[split] |= balance.information(found, _labels(labels[split]))
     if len(dead := report["train"]["dead"]):
         logging.warning("%d of %d experts get no prompt: %s", len(dead), trained.num_codes, dead)
     if abs(report["val"]["macs"] / trained.macs_budget - 1) > _TOLERANCE:
@@ -107,7 +110,7 @@ def similarities(
     route_noise: str = "none",
 ) -> Float32[np.ndarray, "rows k"]:
     """Of prompts to codes; without noise, a prompt's are the same in any batch and place."""
-    size = min(512, len(embedding))
+    size = min(_ROWS[route_noise], len(embedding))
     noise = gates.MEDIAN_NOISE
     if route_noise == "published":
         noise = gates.published_noise(size, layout)
@@ -221,6 +224,14 @@ def materialise(run: config.Run, mesh: Mesh) -> pathlib.Path:
     )
 
 
+def _labels(prompts: data.Prompts) -> dict[str, Int[np.ndarray, " rows"]]:
+    """What may be said of who draws a prompt: of embedded pictures, drawing style and group."""
+    if prompts.concept is None or prompts.style is None:
+        return {}
+    groups = [emoji.concepts()[c].group for c in prompts.concept]
+    return {"style": prompts.style, "group": np.unique(groups, return_inverse=True)[1]}
+
+
 def _final_logits(
     params: Any, final_codes: str, seed: int
 ) -> tuple[Float[Array, "k d"], Float[Array, "..."]]:
@@ -234,6 +245,18 @@ def _final_logits(
 def _code_gates(params: Any, layout: Layout, final_codes: str, seed: int) -> Float[Array, "k d"]:
     logits, noise = _final_logits(params, final_codes, seed)
     return gates.soft_gates(logits, noise, layout)
+
+
+def _stored_gates(directory: pathlib.Path, fit_budget: bool) -> Float[Array, "k d"]:
+    """The gates of the last training step of a router that was converted."""
+    path, problems = directory / CODE_GATES, []
+    if not path.is_file():
+        problems.append(f"{path} is not there: only routers of tools/convert.py have it")
+    if fit_budget:
+        problems.append("fit_budget moves logits, not gates that are stored: set it to false")
+    if problems:
+        raise ValueError("config.assign.final_codes=stored is not possible: " + "; ".join(problems))
+    return jnp.asarray(np.load(path))
 
 
 def _kept(

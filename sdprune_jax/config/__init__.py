@@ -142,13 +142,13 @@ def resize(run: Run, size: str | None) -> Run:
     if run.prune:
         run.prune.calibration = _tiny(run.prune.calibration)
     if run.router:
-        data = dataclasses.replace(run.router.data, num_images=64, captions_per_image=1)
+        data = _tiny_data(run.router.data)
         run.router = dataclasses.replace(
             run.router, num_codes=2, num_steps=4, warmup_steps=2, batch_size=8, ramp_steps=1,
             learning_rate=1e-2, log_every=2, save_every=2, num_evals=1, data=data,
         )  # fmt: skip
     if run.slice:
-        data = dataclasses.replace(run.slice.data, num_images=64, captions_per_image=1)
+        data = _tiny_data(run.slice.data)
         run.slice = dataclasses.replace(
             run.slice, data=data, calibration=_tiny(run.slice.calibration)
         )
@@ -184,4 +184,10 @@ def _tiny(section: Calibration) -> Calibration:
     gradients = Gradients(num_images=8, batch_size=8, num_timesteps=2)
     return dataclasses.replace(
         section, prompts="embedded", num_prompts=8, batch_size=8, num_steps=2, gradients=gradients
+    )
+
+
+def _tiny_data(section: RouterData) -> RouterData:
+    return dataclasses.replace(
+        section, dataset="embedded", encoder="text_encoder", num_images=64, captions_per_image=1
     )

@@ -9,8 +9,12 @@ from sdprune_jax.config.training import Training
 
 @dataclasses.dataclass
 class RouterData:
-    """What the router and the experts are trained on: the embedded pictures and captions."""
+    """What the router and the experts are trained on."""
 
+    # cc3m, coco: Conceptual Captions, COCO 2014, as tools/prepare_data.py wrote them to directory.
+    dataset: str = of("embedded", "embedded", "cc3m", "coco")
+    directory: str = ""
+    image_size: int = within(256, 8, 8192)  # pixels; of the embedded ones, 64 always
     num_images: int = within(0, 0, 10**9)  # of each split; 0: all
     captions_per_image: int = within(4, 1, 1000)  # one for val and test
     flips: bool = False  # train on mirrored pictures too, as published
@@ -72,7 +76,8 @@ class Assign:
     """APTP: gives every prompt its expert, and every expert its architecture."""
 
     route_noise: str = of("none", "none", "published")  # published: depends on the batch
-    final_codes: str = of("median", "median", "draw")  # of the noise; published: one draw
+    # Of the noise: its median, or one draw, as published; stored: of a converted router, its own.
+    final_codes: str = of("median", "median", "draw", "stored")
     balance: str = of("optimal_transport", "none", "optimal_transport")  # published: none
     # Open or close further gates, by what the noise needs for it, until the training prompts keep
     # the budget. Published: false.

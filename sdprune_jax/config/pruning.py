@@ -10,6 +10,14 @@ TIMESTEP_WEIGHTS = (
 
 
 @dataclasses.dataclass
+class Override:
+    """A sparsity for some of a component's layers."""
+
+    layers: str = "*"  # shell pattern of their names as in prune.json, such as *.attn2.to_k
+    sparsity: float = within(0.0, 0.0, 0.999999)  # 0: they stay as they are
+
+
+@dataclasses.dataclass
 class PruneComponent:
     """Post-training pruning of one component."""
 
@@ -29,6 +37,12 @@ class PruneComponent:
     owl_lambda: float = within(0.08, 0.0, 0.49)  # half the range of the layers' sparsities
     threshold: str = of("exact", "exact", "rz")  # rz: Ramesh & Zhao's; overshoots on ties
     damping: float = within(0.01, 1e-6, 1.0)  # of the Gram matrix, a fraction of its mean diagonal
+    # Of a layer that several match, the first counts. The other layers make up for all of these:
+    # `sparsity` is of all in scope. With an n:m pattern, these lose weights anywhere instead.
+    overrides: tuple[Override, ...] | None = None
+    # Analysis: remove the weights whose scores lie between two quantiles, `sparsity` apart. What
+    # scores are compared with is as in `group`, layer or output.
+    band: tuple[float, float] | None = within(None, 0.0, 1.0)
 
 
 @dataclasses.dataclass

@@ -139,20 +139,21 @@ def blocks(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def matched(patterns: Mapping[str, float], names: Collection[str]) -> dict[str, float]:
+def matched(rules: Iterable[tuple[str, float]], names: Collection[str]) -> dict[str, float]:
     """Sparsities of the layers that a user singles out, 0 to leave one alone.
 
     Args:
-        patterns: sparsity by shell pattern, as in `*.attn2.to_k`: `*` stands for anything, dots
-            too. Where several match a layer, the last one counts.
+        rules: shell patterns, as in `*.attn2.to_k`, and sparsities: `*` stands for anything, dots
+            too. Where several match a layer, the first one counts.
         names: of the layers in scope, as in torch and without `.weight`.
 
     Raises:
-        ValueError: naming all patterns that match nothing, with what is close to them, and all
-            sparsities out of range.
+        ValueError: naming all patterns that match nothing, with what is close to them, those that
+            come too late to count, and all sparsities out of range.
     """
-    found, problems = {}, []
-    for pattern, sparsity in patterns.items():
+    found: dict[str, float] = {}
+    problems = []
+    for pattern, sparsity in rules:
         try:
             num_removed(1, sparsity)
         except ValueError as error:
@@ -161,7 +162,9 @@ def matched(patterns: Mapping[str, float], names: Collection[str]) -> dict[str, 
         if not matches:
             close = ", ".join(_close(pattern, names)) or "nothing is close to it"
             problems.append(f"{pattern} matches none of the {len(names)} layers in scope: {close}")
-        found |= dict.fromkeys(matches, sparsity)
+        elif found.keys() >= set(matches):
+            problems.append(f"{pattern} matches only what others before it do: put it first")
+        found = dict.fromkeys(matches, sparsity) | found
     if problems:
         raise ValueError("sparsities by pattern cannot be used:\n  " + "\n  ".join(problems))
     return found

@@ -42,7 +42,7 @@ def of_pictures(
     Raises:
         ValueError: as `sums`.
     """
-    pairs = data.pictures(config.RouterData(), "train")
+    pairs = data.embedded("train")
     rows = np.random.default_rng(seed).permutation(len(pairs.images))[: section.num_images]
     pairs = emoji.Pairs(*(x[rows] for x in pairs))
     of_each = config.RouterData(captions_per_image=1)

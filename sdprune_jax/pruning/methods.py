@@ -9,13 +9,24 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import Array, Bool, Float, Key
 
 from sdprune_jax import config, convert
-from sdprune_jax.pruning import allocate, alps, component, masks, obs, patterns, recorder, scores
+from sdprune_jax.pruning import (
+    allocate,
+    alps,
+    component,
+    masks,
+    obs,
+    patterns,
+    recorder,
+    request,
+    scores,
+)
 from sdprune_jax.pruning.recorder import LayerStats
 
 Kernels = Mapping[str, Float[np.ndarray, "..."]]  # by path, in Flax's layout
@@ -36,7 +47,6 @@ _GROUP = {
     "wanda": "output",
     "taylor": "layer",
 }
-_SOLVERS = ("sparsegpt", "obsdiff", "alps")  # which choose and compensate by blocks of their own
 
 
 class Pruned(NamedTuple):
@@ -47,75 +57,45 @@ class Pruned(NamedTuple):
         kernel: where the weights that stay have changed too.
         loss: growth of the squared error of the outputs, of a solver; NaN where it fell back.
         damping: of a solver.
+        output_error: of a solver: what the squares of the outputs' changes are of the outputs' own.
     """
 
     keep: Bool[np.ndarray, "..."]
     kernel: Float[np.ndarray, "..."] | None = None
     loss: float | None = None
     damping: float | None = None
-
-
-def check(kernels: Mapping[str, Any], section: config.PruneComponent) -> None:
-    """Refuses what cannot be done, before any work.
-
-    Args:
-        kernels: arrays or `jax.ShapeDtypeStruct`s of the layers in scope.
-        section: of the component.
-
-    Raises:
-        ValueError: naming the fields that clash, or the layers that do not fit the pattern.
-    """
-    problems = []
-    group, pattern = section.group, section.pattern
-    if section.method in _SOLVERS and group not in (None, "layer"):
-        problems.append(
-            f"group={group} has no meaning for {section.method}, which has its own blocks"
-        )
-    rule = (section.method, group or "layer", pattern, section.allocation)
-    if section.method == "taylor" and group == "normalised":
-        problems.append("group=normalised has no meaning for taylor, whose scores are of one scale")
-    if section.threshold == "rz" and rule != ("magnitude", "layer", "unstructured", "uniform"):
-        problems.append("threshold=rz is a rule of uniform layer-wise magnitude only")
-    if section.allocation == "owl" and (group or "layer") not in ("layer", "output"):
-        problems.append(f"allocation=owl gives every layer its own sparsity; group={group} none")
-    if pattern != "unstructured":
-        n, m = n_and_m(pattern)
-        if section.sparsity != n / m:
-            problems.append(f"pattern={pattern} removes {n / m:g}; set sparsity to that")
-        if section.allocation != "uniform" or group not in (None, "layer"):
-            problems.append(f"pattern={pattern} leaves nothing to allocate or to compare")
-    if problems:
-        raise ValueError("config.prune is not possible: " + "; ".join(problems))
-    if pattern != "unstructured":
-        shapes = {convert.torch_key(path): tuple(x.shape) for path, x in kernels.items()}
-        patterns.refuse_indivisible(shapes, *n_and_m(pattern))
-
-
-def n_and_m(pattern: str) -> tuple[int, int]:
-    n, m = pattern.split(":")
-    return int(n), int(m)
+    output_error: float | None = None
 
 
 def removed_of_each(
-    kernels: Kernels, section: config.PruneComponent, stats: Mapping[str, Stat]
+    kernels: Kernels,
+    section: config.PruneComponent,
+    stats: Mapping[str, Stat],
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """How many weights every layer loses."""
-    sizes = {path: kernel.size for path, kernel in kernels.items()}
+    """How many weights every layer loses; those that follow an n:m pattern are left out.
+
+    Args:
+        kernels: of layers that are pruned together.
+        section: of the component.
+        stats: what layers read, where the method asks for it.
+        sizes: weights of all layers in scope, by path; None if `kernels` are all of them.
+    """
+    sizes = sizes or {path: kernel.size for path, kernel in kernels.items()}
+    own = request.own_sparsities(sizes, section)
+    alone = {p: masks.num_removed(sizes[p], own[p]) for p in kernels if p in own}
+    if section.pattern != "unstructured":
+        return alone
+    others = {path: sizes[path] for path in kernels if path not in own}
+    sparsity = allocate.remaining(sizes, section.sparsity, own)
     if section.threshold == "rz":
-        return allocate.each_floored(sizes, section.sparsity)
-    if section.allocation == "uniform":
-        return allocate.uniform(sizes, section.sparsity)
-    blocks = allocate.blocks(kernels)
-    ratios = {}
-    for name, paths in blocks.items():
-        found = [_score(kernels[path], section, stats.get(path)) for path in paths]
-        ratios[name] = allocate.outlier_ratio(found, section.owl_multiple)
-    in_block = {name: sum(sizes[p] for p in paths) for name, paths in blocks.items()}
-    sparsities = allocate.owl(ratios, in_block, section.sparsity, section.owl_lambda)
-    of_layer: dict[str, Fraction] = {
-        path: sparsities[name] for name, paths in blocks.items() for path in paths
-    }
-    return allocate.counts(sizes, {path: of_layer[path] for path in sizes})
+        removed = allocate.each_floored(others, sparsity)
+    elif section.allocation == "uniform" or not others:
+        removed = allocate.uniform(others, sparsity)
+    else:
+        sparsities = _by_outliers(kernels, others, section, stats, sparsity)
+        removed = allocate.counts(others, sparsities)
+    return {path: (alone | removed)[path] for path in kernels}
 
 
 def prune(
@@ -130,11 +110,11 @@ def prune(
     Args:
         kernels: of the layers in scope; none is changed.
         section: of the component.
-        removed: weights that each layer loses; a component group takes their sum.
+        removed: of `removed_of_each`; a component group takes their sum.
         stats: what layers read, where the method asks for it.
         key: of random scores.
     """
-    if section.method in _SOLVERS:
+    if section.method in request.SOLVERS:
         yield from _solve(kernels, section, removed, stats)
         return
     group = section.group or _GROUP[section.method]
@@ -151,22 +131,23 @@ def prune(
         return convert.to_torch(path, found)
 
     if section.pattern != "unstructured":
-        n, m = n_and_m(section.pattern)
-        for path in kernels:
+        n, m = request.n_and_m(section.pattern)
+        for path in [path for path in kernels if path not in removed]:
             found = jnp.asarray(convert.from_torch(path, score(path)))
             yield path, Pruned(np.asarray(patterns.n_of_m(found, n, m)))
-        return
-    if group == "output":
+    if section.band:
+        found = ((path, _outside(score(path), *section.band, group)) for path in kernels)
+    elif group == "output":
         found = (
             (path, masks.lowest_per_output(jnp.asarray(score(path)), n // kernels[path].shape[-1]))
             for path, n in removed.items()
         )
     elif group == "layer" and section.method == "magnitude":  # bits are scores: no copy
         found = masks.lowest_of_each(
-            {path: convert.to_torch(path, kernel) for path, kernel in kernels.items()}, removed
+            {path: convert.to_torch(path, kernels[path]) for path in removed}, removed
         )
     elif group == "layer":
-        found = masks.lowest_of_each({path: score(path) for path in kernels}, removed)
+        found = masks.lowest_of_each({path: score(path) for path in removed}, removed)
     else:
         found = component.lowest(score, list(kernels), sum(removed.values()))
     for path, keep in found:
@@ -187,6 +168,35 @@ def _score(
     return np.asarray(scores.wanda(kernel, np.asarray(recorder.mean_square(stats))))
 
 
+def _by_outliers(
+    kernels: Kernels,
+    sizes: Mapping[str, int],
+    section: config.PruneComponent,
+    stats: Mapping[str, Stat],
+    sparsity: Fraction,
+) -> dict[str, Fraction]:
+    """By path of `sizes`, whose layers lose `sparsity` together: the blocks' own, by OWL."""
+    blocks, ratios = allocate.blocks(sizes), {}
+    for name, paths in blocks.items():
+        found = [_score(kernels[path], section, stats.get(path)) for path in paths]
+        ratios[name] = allocate.outlier_ratio(found, section.owl_multiple)
+    in_block = {name: sum(sizes[p] for p in paths) for name, paths in blocks.items()}
+    sparsities = allocate.owl(ratios, in_block, sparsity, section.owl_lambda)
+    of_layer = {path: sparsities[name] for name, paths in blocks.items() for path in paths}
+    return {path: of_layer[path] for path in sizes}
+
+
+def _outside(
+    scores: Float[np.ndarray, "n_out n_in *taps"], low: float, high: float, group: str
+) -> Bool[np.ndarray, "n_out n_in *taps"]:
+    """What a band of a layer, or of each of its outputs, leaves."""
+    keep = functools.partial(patterns.band, low=low, high=high)
+    if group == "layer":
+        return np.asarray(keep(jnp.asarray(scores)))
+    rows = jnp.asarray(scores).reshape(len(scores), -1)
+    return np.asarray(jax.vmap(keep)(rows)).reshape(scores.shape)
+
+
 def _solve(
     kernels: Kernels,
     section: config.PruneComponent,
@@ -200,6 +210,10 @@ def _solve(
         n_of_m = functools.partial(alps.n_of_m, damping=section.damping)
     factors: dict[int, obs.Factor] = {}  # layers that read the same share it
     for path, kernel in kernels.items():
+        if removed.get(path) == 0:
+            nothing = np.ones(kernel.shape, bool)  # not even weights of inputs that are always 0
+            yield path, Pruned(nothing, loss=0.0, output_error=0.0)
+            continue
         found = stats[path]
         assert isinstance(found, LayerStats)
         seen: LayerStats | obs.Factor = found
@@ -211,10 +225,10 @@ def _solve(
             if not seen.is_positive:
                 logging.warning("%s: no factor even with damping 1, so by magnitude", path)
         flat = jnp.asarray(kernel, jnp.float32).reshape(-1, kernel.shape[-1])
-        if section.pattern == "unstructured":
+        if path in removed:
             solution = unstructured(flat, seen, removed[path])
         else:
-            solution = n_of_m(flat, seen, *n_and_m(section.pattern))
+            solution = n_of_m(flat, seen, *request.n_and_m(section.pattern))
         yield (
             path,
             Pruned(
@@ -222,5 +236,6 @@ def _solve(
                 np.asarray(solution.kernel).reshape(kernel.shape),
                 float(solution.loss),
                 float(solution.damping),
+                float(obs.relative_error(flat, solution.kernel, found)),
             ),
         )

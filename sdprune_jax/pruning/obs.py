@@ -160,6 +160,23 @@ def output_error(
     return jnp.sum(change * jnp.matmul(stats.moment, change, precision="highest"))
 
 
+def relative_error(
+    kernel: Float[Array | np.ndarray, "*ins n_out"],
+    pruned: Float[Array | np.ndarray, "*ins n_out"],
+    stats: LayerStats,
+) -> Float[Array, ""]:
+    """`output_error` as a share of the outputs' own squares: 0 if none moves, 1 if all are lost.
+
+    Args:
+        kernel: in Flax's layout, dense.
+        pruned: what became of it.
+        stats: with a Gram matrix.
+    """
+    before, after = (jnp.asarray(x, jnp.float32).reshape(-1, x.shape[-1]) for x in (kernel, pruned))
+    whole = output_error(before, jnp.zeros_like(before), stats)
+    return output_error(before, after, stats) / jnp.where(whole > 0, whole, 1)
+
+
 def by_magnitude(
     kernel: Float[Array, "n_in n_out"], factor: Factor, keep: Bool[Array, "n_in _"]
 ) -> Solution:

@@ -41,7 +41,11 @@ def layer(
     }
     if pruned.loss is not None:  # of a solver
         fell_back = not np.isfinite(pruned.loss)
-        row |= {"loss": None if fell_back else pruned.loss, "damping": pruned.damping}
+        row |= {
+            "loss": None if fell_back else pruned.loss,
+            "damping": pruned.damping,
+            "output_error": pruned.output_error,
+        }
     return row
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int32
 from sdprune_jax import checkpoint, config, convert, sites, tensors
 from sdprune_jax.data import cache, captions, tokenizer
 from sdprune_jax.models import clip
-from sdprune_jax.pruning import calibrate, gradients, inputs, masks, methods, record
+from sdprune_jax.pruning import calibrate, gradients, inputs, masks, methods, record, request
 from sdprune_jax.pruning.trajectory import Trajectory
 
 
@@ -55,7 +55,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     }
     for name, section in sections.items():
         leaves = convert.flatten(shapes[name])
-        methods.check({path: leaves[path] for path in layers[name]}, section)
+        request.check({path: leaves[path] for path in layers[name]}, section)
     file.unlink(missing_ok=True)
     seconds = dict.fromkeys(("load", "calibrate", "select", "save", "verify"), 0.0)
     pruned, done = {}, {}
@@ -132,10 +132,11 @@ def prune_component(
     """
     kernels = {path: flat[path] for path in layers}
     before = record.sample(kernels)
+    sizes = {path: kernel.size for path, kernel in kernels.items()}
     rows: dict[str, dict[str, Any]] = {}
     for names, stats in parts:
         part = {path: kernels[path] for path in names}
-        removed = methods.removed_of_each(part, section, stats)
+        removed = methods.removed_of_each(part, section, stats, sizes)
         for path, found in methods.prune(part, section, removed, stats, jax.random.key(seed)):
             kernel = flat[path]
             threshold = record.threshold(kernel, found.keep)
@@ -143,12 +144,15 @@ def prune_component(
                 np.copyto(kernel, found.kernel, casting="same_kind")
             masks.zero(kernel, found.keep)
             rows[path] = record.layer(path, kernel, found, threshold)
-    prunable = sum(kernel.size for kernel in kernels.values())
+    prunable = sum(sizes.values())
     zeros = sum(row["zeros"] for row in rows.values())
-    names = ("method", "group", "pattern", "allocation", "scope", "threshold")
+    said = dataclasses.asdict(section)
+    names = (
+        "method", "group", "pattern", "allocation", "scope", "threshold", "overrides", "band",
+    )  # fmt: skip
     return {
         "requested": section.sparsity,
-        **{name: value for name in names if (value := getattr(section, name)) is not None},
+        **{name: said[name] for name in names if said[name] is not None},
         "prunable": prunable,
         "zeros": zeros,
         "of_prunable": zeros / prunable,

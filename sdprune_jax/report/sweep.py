@@ -7,72 +7,71 @@ from typing import Any
 import numpy as np
 
 from sdprune_jax.report import charts, files
+from sdprune_jax.report import sweep_rows as table
 from sdprune_jax.report.charts import text
 
-_DISTANCE = "latent_mse_to_dense"
-_WORDS = {
-    "text_encoder": "text encoder",
-    "unet": "UNet",
-    _DISTANCE: "distance to dense's latents",
-    "fd_clip_embedded": "FD of the embedded CLIP's features",
-    "fid": "FID",
-}
-_BOTH = "both"  # components at once
 _COLUMNS = 8  # pictures of a strip, dense included
 _STRIPS = 3  # prompts
-
-_Rows = Sequence[Mapping[str, Any]]
+_COMPARED_AT = 0.5  # sparsity
 
 
 def verdict(sweep: Mapping[str, Any]) -> list[str]:
-    """How much was measured, and where each method breaks, in sentences of HTML."""
+    """How much was measured, where methods break, and which is best, in sentences of HTML."""
     if not sweep:
         return []
-    seeds = len({row["seed"] for row in sweep["dense"]})
-    seeds_said = "one seed" if seeds == 1 else f"{seeds} seeds"
     found = [
-        f"{text(cliff['method'])} on the {text(_word(cliff['component']))} at"
+        f"{text(cliff['method'])} on the {text(table.word(cliff['component']))} at"
         f" <b>{cliff['broken']:.1%}</b>"
         for cliff in sweep["cliffs"]
         if cliff["criterion"] == sweep["agreement"] and "broken" in cliff
     ]
     sentences = [
-        f"<b>{len({_point(row) for row in sweep['rows']})}</b> pruned models were measured on"
-        f" {sweep['protocol']['evaluated']:,} prompts and {seeds_said}."
+        f"<b>{len({table.point(row) for row in sweep['rows']})}</b> pruned models were measured on"
+        f" {sweep['protocol']['evaluated']:,} prompts and {_seeds(sweep)}."
     ]
     if found:
         sentences.append(f"The agreement of picture and prompt breaks with {', '.join(found)}.")
+    if best := list(_nearest(sweep)):
+        sentences.append(
+            f"Nearest to dense's latents at a sparsity of {_COMPARED_AT:.0%}: {'; '.join(best)}."
+        )
     return sentences
 
 
 def curves(sweep: Mapping[str, Any]) -> str:
-    """A drawing for every figure and component: a line a method, and its cliff."""
-    distances = [name for name in _names(sweep) if name.startswith(("fd_", "fid"))]
-    figures = [sweep["agreement"], _DISTANCE, *distances]
+    """A drawing for every figure and group: a line a method, and its cliff; then the numbers."""
     parts = []
-    for component, methods in _series(sweep).items():
+    for group in table.groups(sweep):
         keys = " ".join(
             f'<span class="legend"><span class="key s{i % 6}"></span>{text(name)}</span>'
-            for i, name in enumerate(methods)
+            for i, name in enumerate(group.methods)
         )
-        parts.append(f'<h3>{text(_word(component))}</h3>\n<p class="note">{keys}</p>')
-        for figure in figures:
-            drawn = {name: list(_means(rows, component, figure)) for name, rows in methods.items()}
+        parts.append(f'<h3>{text(group.title)}</h3>\n<p class="note">{keys}</p>')
+        for figure in table.figures(sweep):
+            drawn = {
+                name: list(table.means(rows, group.component, figure))
+                for name, rows in group.methods.items()
+            }
             drawn = {name: points for name, points in drawn.items() if points}
+            marks = table.marks(sweep, group.component, figure)
             if drawn:
-                label = _label(figure, sweep)
+                label = table.label(figure, sweep)
                 plot = charts.lines(
                     drawn,
-                    f"{label} against sparsity of the {_word(component)}",
-                    levels=_levels(sweep, figure),
-                    marks=_marks(sweep, component, figure),
-                    is_joined=component != _BOTH,
+                    f"{label} against sparsity of the {group.title}",
+                    levels=table.levels(sweep, figure),
+                    marks={name: x for name, x in marks.items() if name in drawn},
+                    is_joined=group.component != table.BOTH,
                 )
                 better = "higher" if figure == sweep["agreement"] else "lower"
                 caption = text(f"{label[:1].upper()}{label[1:]}: {better} is better")
                 parts.append(f"<figure><figcaption>{caption}</figcaption>{plot}</figure>")
+        if group.component != table.BOTH:
+            parts.append(_numbers(sweep, group))
     limits = {cliff["limit"] for cliff in sweep["cliffs"]}
     notes = ["Sparsity is of the layers in scope; where both components are pruned, nominal."]
+    if len(sweep["dense"]) > 1:
+        notes.append(f"A dot is the mean of {_seeds(sweep)}, its bar their range.")
     if limits:
         notes.append(
             f"Dashed: the cliff, the lowest sparsity at which a figure has gone more than"
@@ -80,8 +79,8 @@ def curves(sweep: Mapping[str, Any]) -> str:
             " prompt, and for the distance, the mean of all of dense's latents."
         )
     notes += [
-        f"No cliff of {_word(cliff['component'])}, {cliff['method']}, by"
-        f" {_label(cliff['criterion'], sweep)}: {cliff['why_not']}."
+        f"No cliff of {table.word(cliff['component'])}, {cliff['method']}, by"
+        f" {table.label(cliff['criterion'], sweep)}: {cliff['why_not']}."
         for cliff in sweep["cliffs"]
         if "why_not" in cliff
     ]
@@ -97,18 +96,18 @@ def strips(sweep: Mapping[str, Any], workdir: pathlib.Path, num_images: int) -> 
     if not sweep["dense"] or not sweep["prompts"]:
         return ""
     dense, parts = sweep["dense"][0], []
-    for component, methods in _series(sweep).items():
-        if component == _BOTH:
+    for component, title, methods in table.groups(sweep):
+        if component == table.BOTH:
             continue
         for name, rows in methods.items():
             shown = [row for row in rows if row["seed"] == dense["seed"] and "images" in row]
-            shown = _spaced(sorted(shown, key=lambda row: _at(row, component)))
-            edge = _marks(sweep, component, sweep["agreement"]).get(name)
+            shown = _spaced(sorted(shown, key=lambda row: table.at(row, component)))
+            edge = table.marks(sweep, component, sweep["agreement"]).get(name)
             columns = [("dense", dense, False)] + [
                 (
-                    f"{_at(row, component):.1%}",
+                    f"{table.at(row, component):.1%}",
                     row,
-                    edge is not None and _at(row, component) >= edge,
+                    edge is not None and table.at(row, component) >= edge,
                 )
                 for row in shown
             ]
@@ -119,7 +118,7 @@ def strips(sweep: Mapping[str, Any], workdir: pathlib.Path, num_images: int) -> 
                     for head, _, _ in columns
                 )
                 parts.append(
-                    f"<h3>{text(_word(component))}, {text(name)}</h3>\n"
+                    f"<h3>{text(title)}: {text(name)}</h3>\n"
                     f'<table class="pictures strip" role="table" style="--columns:{_COLUMNS}">'
                     '<thead class="unseen" role="rowgroup"><tr role="row">'
                     f'<th role="columnheader" scope="col">prompt</th>{heads}</tr></thead>\n'
@@ -130,12 +129,13 @@ def strips(sweep: Mapping[str, Any], workdir: pathlib.Path, num_images: int) -> 
 
 
 def points(sweep: Mapping[str, Any]) -> str:
-    """Every row in numbers, the mean over seeds."""
-    names = _names(sweep)
-    by_point: dict[Any, list[Mapping[str, Any]]] = {}
+    """Every point in numbers, the mean and the range over seeds."""
+    names = table.names(sweep)
+    by_point: dict[Any, list[table.Row]] = {}
     for row in sweep["rows"]:
-        by_point.setdefault(_point(row), []).append(row)
-    rows = [["dense", "", "0.00%", "0.00%", *_cells(sweep["dense"], names)]]
+        by_point.setdefault(table.point(row), []).append(row)
+    spread = lambda rows: [table.spread(rows, name) for name in names]
+    rows = [["dense", "", "0.00%", "0.00%", *spread(sweep["dense"])]]
     for found in by_point.values():
         parts = found[0]["components"]
         said = [
@@ -143,11 +143,12 @@ def points(sweep: Mapping[str, Any]) -> str:
             for name in ("text_encoder", "unet")
         ]
         shares = [f"{found[0][key]:.2%}" for key in ("nominal", "true")]
-        rows.append([*said, *shares, *_cells(found, names)])
-    heads = ["text encoder", "UNet", "nominal", "true", *(_label(name, sweep) for name in names)]
+        rows.append([*said, *shares, *spread(found)])
+    labels = [table.label(name, sweep) for name in names]
+    heads = ["text encoder", "UNet", "nominal", "true", *labels]
     caption = (
-        "Every point. Shares are of the text encoder and the UNet together: nominal as asked of all"
-        " their parameters, true those that are zero."
+        f"Every point, by {_seeds(sweep)}. Shares are of the text encoder and the UNet together:"
+        " nominal as asked of all their parameters, true those that are zero."
     )
     return charts.section(
         "All points",
@@ -155,6 +156,61 @@ def points(sweep: Mapping[str, Any]) -> str:
         + charts.table(caption, heads, rows, "layers")
         + "</details>",
     )
+
+
+def _seeds(sweep: Mapping[str, Any]) -> str:
+    seeds = len({row["seed"] for row in sweep["dense"]})
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
+
+
+def _nearest(sweep: Mapping[str, Any]) -> Iterator[str]:
+    """Of every group with several methods, the best, and in how many seeds it is."""
+    for component, title, methods in table.groups(sweep):
+        found = {
+            name: {
+                row["seed"]: row["figures"][table.DISTANCE]["value"]
+                for row in rows
+                if table.at(row, component) == _COMPARED_AT and table.DISTANCE in row["figures"]
+            }
+            for name, rows in methods.items()
+        }
+        means = {name: np.mean([*by_seed.values()]) for name, by_seed in found.items() if by_seed}
+        if len(means) < 2:
+            continue
+        best = min(means, key=lambda name: means[name])
+        others = [by_seed for name, by_seed in found.items() if name != best]
+        wins = sum(
+            all(value < by_seed.get(seed, np.inf) for by_seed in others)
+            for seed, value in found[best].items()
+        )
+        yield (
+            f"<b>{text(best)}</b> on the {text(title)} ({means[best]:.3g}, the nearest in {wins} of"
+            f" {_seeds(sweep)})"
+        )
+
+
+def _numbers(sweep: Mapping[str, Any], group: table.Group) -> str:
+    """What is drawn of a group, in tables of methods and sparsities."""
+    at = sorted({table.at(row, group.component) for r in group.methods.values() for row in r})
+    tables = []
+    for figure in table.figures(sweep):
+        rows = [
+            [
+                name,
+                *(
+                    table.spread([r for r in rows if table.at(r, group.component) == x], figure)
+                    for x in at
+                ),
+            ]
+            for name, rows in group.methods.items()
+        ]
+        label = table.label(figure, sweep)
+        caption = f"{group.title}, {label}: the mean and the range of {_seeds(sweep)}."
+        dense = table.levels(sweep, figure).get("dense")
+        caption += "" if dense is None else f" Dense: {dense:.4g}."
+        heads = ["", *(f"{x:.1%}" for x in at)]
+        tables.append(charts.table(caption, heads, rows, "layers"))
+    return "<details><summary>In numbers</summary>\n" + "\n".join(tables) + "</details>"
 
 
 def _strip(
@@ -175,76 +231,9 @@ def _strip(
         yield f'<tr role="row"><th role="rowheader" scope="row">{text(prompt)}</th>{cells}</tr>'
 
 
-def _series(sweep: Mapping[str, Any]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    """Rows by component and method."""
-    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for row in sweep["rows"]:
-        parts = row["components"]
-        component = next(iter(parts)) if len(parts) == 1 else _BOTH
-        method = " and ".join(dict.fromkeys(part["method"] for part in parts.values()))
-        found.setdefault(component, {}).setdefault(method, []).append(row)
-    return found
-
-
-def _means(rows: _Rows, component: str, figure: str) -> Iterator[tuple[float, list[float]]]:
-    """Each sparsity, and the figure of every seed."""
-    at: dict[float, list[float]] = {}
-    for row in rows:
-        if figure in row["figures"]:
-            at.setdefault(_at(row, component), []).append(row["figures"][figure]["value"])
-    yield from sorted(at.items())
-
-
-def _at(row: Mapping[str, Any], component: str) -> float:
-    return row["nominal"] if component == _BOTH else row["components"][component]["sparsity"]
-
-
-def _point(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(
-        (name, part["method"], part["sparsity"]) for name, part in row["components"].items()
-    )
-
-
-def _marks(sweep: Mapping[str, Any], component: str, figure: str) -> dict[str, float]:
-    return {
-        cliff["method"]: cliff["broken"]
-        for cliff in sweep["cliffs"]
-        if (cliff["component"], cliff["criterion"]) == (component, figure) and "broken" in cliff
-    }
-
-
-def _levels(sweep: Mapping[str, Any], figure: str) -> dict[str, float]:
-    """What the dense model and chance get, on average over seeds."""
-    chance = [row["chance"][figure] for row in sweep["dense"] if figure in row["chance"]]
-    dense = [row["figures"][figure]["value"] for row in sweep["dense"] if figure in row["figures"]]
-    dense = dense or ([0.0] if figure == _DISTANCE else [])
-    levels = {"dense": dense, "chance": chance}
-    return {name: float(np.mean(values)) for name, values in levels.items() if values}
-
-
-def _names(sweep: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(name for row in sweep["rows"] for name in row["figures"]))
-
-
-def _cells(rows: _Rows, names: Sequence[str]) -> list[str]:
-    cells = []
-    for name in names:
-        values = [row["figures"][name]["value"] for row in rows if name in row["figures"]]
-        cells.append(f"{np.mean(values):.4g}" if values else "")
-    return cells
-
-
-def _spaced(rows: _Rows) -> list[Mapping[str, Any]]:
+def _spaced(rows: table.Rows) -> list[Mapping[str, Any]]:
     """As many as a strip has room for, from the first to the last."""
     if len(rows) < _COLUMNS:
         return list(rows)
     chosen = np.linspace(0, len(rows) - 1, _COLUMNS - 1).round().astype(int)
     return [rows[i] for i in chosen]
-
-
-def _label(name: str, sweep: Mapping[str, Any]) -> str:
-    return "agreement with the prompt" if name == sweep["agreement"] else _word(name)
-
-
-def _word(name: str) -> str:
-    return _WORDS.get(name, name.replace("_", " "))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from sdprune_jax import config, convert, sites
-from sdprune_jax.pruning import allocate
+from sdprune_jax.pruning import request
 
 COMPONENTS = ("text_encoder", "unet")  # that a point may prune; shares are of both together
 
@@ -53,11 +53,14 @@ def method(section: config.PruneComponent) -> str:
         if value != getattr(plain, name):
             label = f"{name.removeprefix('owl_')} {value:g}" if type(value) is float else value
             words.append(label)
+    if section.band:
+        words.append("band {:g} to {:g}".format(*section.band))
+    words += [f"{own.layers} at {own.sparsity:g}" for own in section.overrides or ()]
     return ", ".join(words)
 
 
 def expected(point: config.SweepPoint, shapes: Mapping[str, Any]) -> Sparsity:
-    """The sparsity of a point before it is pruned; scattered ties and rounding may add to it.
+    """The sparsity of a point before it is pruned; ties and rounding may add to it or take away.
 
     Args:
         point: to be.
@@ -67,8 +70,7 @@ def expected(point: config.SweepPoint, shapes: Mapping[str, Any]) -> Sparsity:
     for name, section in sections(point).items():
         flat = convert.flatten(shapes[name])
         sizes = {p: flat[p].size for p in sites.prunable(shapes[name], name, section.scope)}
-        rule = allocate.each_floored if section.threshold == "rz" else allocate.uniform
-        zeros += sum(rule(sizes, section.sparsity).values())
+        zeros += request.num_removed(sizes, section)
     return sparsity(point, shapes, zeros)
 
 
@@ -81,14 +83,14 @@ def sparsity(point: config.SweepPoint, shapes: Mapping[str, Any], zeros: int) ->
 
 
 def series(points: Iterable[config.SweepPoint]) -> Iterator[Series]:
-    """Those among points that can be bisected, in order; N:M patterns have one sparsity only."""
+    """Those among points that can be bisected, in order: a pattern or a band has one sparsity."""
     found: dict[tuple[str, str], tuple[config.PruneComponent, set[float]]] = {}
     for point in points:
         parts = sections(point)
         if len(parts) > 1:
             continue
         ((name, section),) = parts.items()
-        if section.pattern == "unstructured":
+        if section.pattern == "unstructured" and not section.band:
             key = repr(dataclasses.replace(section, sparsity=0.5))
             found.setdefault((name, key), (section, set()))[1].add(section.sparsity)
     for (name, _), (section, sparsities) in found.items():

@@ -22,7 +22,7 @@ from sdprune_jax import checkpoint, config, convert, sites, tensors
 from sdprune_jax.data import cache
 from sdprune_jax.evaluate import task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
-from sdprune_jax.pruning import methods
+from sdprune_jax.pruning import request
 from sdprune_jax.sweep import cliff, points, trial
 
 _KINDS = ("fid", "clip_score", "recall")  # of metrics; the others say the same at more cost
@@ -219,15 +219,19 @@ def _refuse(
             f"the protocol {protocol.name} measures pictures of {protocol.metrics[0].size} pixels,"
             f" and this model makes {edge}: choose another measure.protocol"
         )
-    for i, point in enumerate(section.points):
+    asked = {f"points[{i}]": point for i, point in enumerate(section.points)}
+    if section.cliff:  # bisected between points, or up to `highest`
+        found = enumerate(points.series(section.points))
+        asked |= {f"cliff.highest, series {i}": s.point(section.cliff.highest) for i, s in found}
+    for where, point in asked.items():
         for name, part in points.sections(point).items():
             shapes = checkpoint.param_shapes(model, name)
             leaves = convert.flatten(shapes)
             layers = sites.prunable(shapes, name, part.scope)
             try:
-                methods.check({path: leaves[path] for path in layers}, part)
+                request.check({path: leaves[path] for path in layers}, part)
             except ValueError as error:
-                problems.append(f"points[{i}].{name}: {error}")
+                problems.append(f"{where}.{name}: {error}")
     if problems:
         raise ValueError("config.sweep is not possible:\n  " + tensors.listing(problems))
 

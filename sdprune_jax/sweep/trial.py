@@ -147,7 +147,7 @@ def trial(
         params[name], done = prune(bench, name, section, seed)
         zeros += done["zeros"]
         parts[name] = {
-            "method": points.method(section), "sparsity": section.sparsity,
+            "method": points.method(section), "scope": section.scope, "sparsity": section.sparsity,
             "zeros": done["zeros"], "of_prunable": done["of_prunable"],
             "settings": dataclasses.asdict(section),
         }  # fmt: skip
@@ -174,7 +174,11 @@ def failed(bench: Bench, point: config.SweepPoint, seed: int, why: str) -> dict[
     """The row of a point whose images are not finite, which has no figures."""
     found = points.expected(point, _shapes(bench))
     parts = {
-        name: {"method": points.method(section), "sparsity": section.sparsity}
+        name: {
+            "method": points.method(section),
+            "scope": section.scope,
+            "sparsity": section.sparsity,
+        }
         for name, section in points.sections(point).items()
     }
     return {
