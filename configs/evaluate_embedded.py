@@ -2,7 +2,7 @@
 
 Pruned: text encoder 47.5 % and UNet 35 % by layer-wise magnitude
 (https://arxiv.org/abs/2411.15113). Experts: APTP (https://arxiv.org/abs/2406.12042) at 80 % of the
-UNet's MACs, trained briefly, the router for 150 steps and each expert for 100: what they lose is
+UNet's MACs, trained briefly, the router for 150 steps and each expert for 60: what they lose is
 what is left to train, see `aptp_emoji.py`. All under the protocol `embedded`: 512 training
 captions, 25 steps of PNDM, guidance 3. About 9 minutes on 2 cores, and it goes on where it was
 stopped.
@@ -24,7 +24,7 @@ def get_config(size: str | None = None) -> config.Run:
         ramp_steps=10, num_evals=1, data=config.RouterData(num_images=2048, captions_per_image=2),
     )  # fmt: skip
     training = config.Training(
-        num_steps=100, batch_size=16, learning_rate=5e-4, warmup_steps=10, weight_decay=0.0,
+        num_steps=60, batch_size=16, learning_rate=5e-4, warmup_steps=10, weight_decay=0.0,
         ema_decay=0.95, num_evals=1,
     )  # fmt: skip
     run = config.Run(

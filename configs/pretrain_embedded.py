@@ -13,6 +13,10 @@ def get_config(size: str | None = None) -> config.Run:
         num_steps=4500, batch_size=256, learning_rate=2e-3, warmup_steps=200,
         weight_decay=0.1, ema_decay=0.99, log_every=20, save_every=150,
     )  # fmt: skip
+    pretrain.clip.tuning = config.Training(
+        num_steps=500, batch_size=256, learning_rate=5e-4, warmup_steps=25, weight_decay=0.1,
+        ema_decay=0.99, log_every=20, save_every=100,
+    )  # fmt: skip
     pretrain.vae.training = config.Training(
         num_steps=2500, batch_size=16, learning_rate=2e-3, warmup_steps=100,
         ema_decay=0.99, log_every=50, save_every=250,
@@ -20,7 +24,7 @@ def get_config(size: str | None = None) -> config.Run:
     # A caption has few pictures, so most is to be learned where noise hides them: high timesteps.
     pretrain.unet.timestep_skew, pretrain.unet.min_snr_gamma = 1.0, 0.0
     pretrain.unet.training = config.Training(
-        num_steps=8000, batch_size=64, learning_rate=1.2e-3, warmup_steps=150, ema_decay=0.998,
+        num_steps=9000, batch_size=64, learning_rate=1.2e-3, warmup_steps=150, ema_decay=0.998,
         log_every=50, save_every=200,
     )  # fmt: skip
     mesh = config.Mesh(cpu_devices=2)

@@ -172,7 +172,7 @@ def _fits(value: Any, annotation: Any) -> bool:
         return value is None
     if typing.get_origin(annotation) is tuple:
         of = typing.get_args(annotation)[0]
-        return _is_row(value) and len(value) > 0 and all(type(x) is of for x in value)
+        return _is_row(value) and len(value) > 0 and all(_fits(x, of) for x in value)
     if annotation is float:
         return type(value) in (int, float)
     return type(value) is annotation

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from sdprune_jax import checkpoint, config, convert, macs, samplers, sharding, sites, train
 from sdprune_jax.evaluate.protocols import PROTOCOLS
 from sdprune_jax.models import clip
-from sdprune_jax.pruning import allocate
+from sdprune_jax.pruning import request
 from sdprune_jax.sweep import points
 
 Row = Sequence[str]
@@ -120,9 +120,8 @@ def _zeros(shapes: dict[str, Any], section: config.Prune) -> list[Row]:
         if part is None:
             continue
         count, sizes = _count(shapes[name]), _prunable(shapes[name], name, part.scope)
-        is_exact = part.threshold == "exact"
-        removed = (allocate.uniform if is_exact else allocate.each_floored)(sizes, part.sparsity)
-        found = np.array([part.sparsity * count, sum(removed.values()), sum(sizes.values()), count])
+        removed = request.num_removed(sizes, part)
+        found = np.array([part.sparsity * count, removed, sum(sizes.values()), count])
         rule = f"{len(sizes)} {part.scope} layers, {part.threshold}"
         rows.append((name, rule, *_sparsities(found, pipeline)))
         sums += found

@@ -208,6 +208,17 @@ def test_statistics_are_computed_once_per_component_statistic_and_seed(tmp_path,
     assert calls["stats"] == [(layers, "moments")] * 2
 
 
+def test_statistics_of_other_seeds_go_once_all_exceed_the_limit():
+    gram = LayerStats(jnp.zeros((50, 50)), jnp.zeros(()))  # 10,004 bytes
+    keys = [("unet", "gram", 0), ("unet", "moments", 1), ("unet", "gram", 1)]
+    held = {key: {"to_q": gram._replace(moment=gram.moment + 1)} for key in keys[:2]}
+    held[keys[2]] = {"to_q": gram, "to_k": gram}  # shared, so counted once
+    trial._forget(held, 1, 3.1e-5)
+    assert list(held) == keys
+    trial._forget(held, 1, 2.9e-5)
+    assert list(held) == keys[1:]
+
+
 def test_statistics_that_do_not_fit_are_computed_in_parts_for_every_point(
     tmp_path, calls, monkeypatch
 ):

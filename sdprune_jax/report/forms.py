@@ -48,7 +48,7 @@ _SWEEP = {
             "seed": int,
             "zeros": int,
             **dict.fromkeys(("nominal", "true"), _NUMBER),
-            "components": {"*": {"method": str, "sparsity": _NUMBER}},
+            "components": {"*": {"method": str, "scope?": str, "sparsity": _NUMBER}},
             "figures": _FIGURES,
             **dict.fromkeys(("images?", "failed?"), str),
         }

@@ -44,7 +44,8 @@ class Bench(NamedTuple):
         params: of the dense model, by component, on the devices.
         flat: of the components that points prune, float32 arrays on the host by path.
         widest: by component and statistic, the layers of all points that need it.
-        stats: of the dense model's layers, by component, statistic and seed; filled when asked for.
+        stats: of the dense model's layers, by component, statistic and seed; filled when asked
+            for. Those of the last seed alone, where more exceed `calibration.max_gigabytes`.
     """
 
     run: config.Run
@@ -238,10 +239,21 @@ def _parts(
             )  # fmt: skip
         dense = bench.flat[component]
         bench.stats[key] = calibration.stats(dense, widest, statistic) if fits else None
+        _forget(bench.stats, seed, bench.run.sweep.calibration.max_gigabytes)
     found = bench.stats[key]
     if found is None:
         return calibration.parts(flat, layers, statistic)
     return [(layers, {path: found[path] for path in layers})]
+
+
+def _forget(
+    stats: dict[tuple[str, str, int], _Stats | None], seed: int, max_gigabytes: float
+) -> None:
+    """Drops what layers read under other seeds, if all that is held exceeds the limit."""
+    leaves = {id(x): x.nbytes for found in stats.values() for x in jax.tree.leaves(found)}
+    if sum(leaves.values()) > max_gigabytes * 1e9:
+        for key in [key for key in stats if key[-1] != seed]:
+            del stats[key]
 
 
 def _render(bench: Bench, params: Mapping[str, Any], seed: int, folder: pathlib.Path) -> None:

@@ -1,0 +1,122 @@
+"""What a section asks of the layers in scope: refused before any work if it cannot be."""
+
+import math
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Any
+
+from sdprune_jax import config, convert
+from sdprune_jax.pruning import allocate, masks, patterns
+
+SOLVERS = ("sparsegpt", "obsdiff", "alps")  # which choose and compensate by blocks of their own
+
+
+def check(kernels: Mapping[str, Any], section: config.PruneComponent) -> None:
+    """Refuses what cannot be done, before any work.
+
+    Args:
+        kernels: arrays or `jax.ShapeDtypeStruct`s of the layers in scope.
+        section: of the component.
+
+    Raises:
+        ValueError: naming the fields that clash, the overrides that match no layer, or the layers
+            that do not fit the pattern.
+    """
+    problems = []
+    group, pattern = section.group, section.pattern
+    if section.method in SOLVERS and group not in (None, "layer"):
+        problems.append(
+            f"group={group} has no meaning for {section.method}, which has its own blocks"
+        )
+    rule = (section.method, group or "layer", pattern, section.allocation)
+    is_plain = not (section.overrides or section.band)
+    if section.method == "taylor" and group == "normalised":
+        problems.append("group=normalised has no meaning for taylor, whose scores are of one scale")
+    if section.threshold == "rz" and (
+        rule != ("magnitude", "layer", "unstructured", "uniform") or not is_plain
+    ):
+        problems.append("threshold=rz is a rule of uniform layer-wise magnitude only")
+    if (group or "layer") not in ("layer", "output"):
+        if section.allocation == "owl":
+            problems.append(
+                f"allocation=owl gives every layer its own sparsity; group={group} none"
+            )
+        if section.overrides:
+            problems.append(f"overrides give layers their own sparsity; group={group} none")
+    if pattern != "unstructured":
+        n, m = n_and_m(pattern)
+        if section.sparsity != n / m:
+            problems.append(f"pattern={pattern} removes {n / m:g}; set sparsity to that")
+        if section.allocation != "uniform" or group not in (None, "layer"):
+            problems.append(f"pattern={pattern} leaves nothing to allocate or to compare")
+    if section.band:
+        problems += _of_band(section)
+    own: Mapping[str, float] = {}
+    sizes = {path: math.prod(kernel.shape) for path, kernel in kernels.items()}
+    try:
+        own = own_sparsities(kernels, section)
+        if pattern == "unstructured":
+            allocate.remaining(sizes, section.sparsity, own)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError("config.prune is not possible: " + "; ".join(problems))
+    if pattern != "unstructured":
+        shapes = {convert.torch_key(p): x.shape for p, x in kernels.items() if p not in own}
+        patterns.refuse_indivisible(shapes, *n_and_m(pattern))
+
+
+def n_and_m(pattern: str) -> tuple[int, int]:
+    n, m = pattern.split(":")
+    return int(n), int(m)
+
+
+def own_sparsities(paths: Iterable[str], section: config.PruneComponent) -> dict[str, float]:
+    """By path, of the layers that `section.overrides` single out.
+
+    Args:
+        paths: of all kernels in scope.
+        section: of the component.
+
+    Raises:
+        ValueError: naming the overrides that no layer is left for.
+    """
+    paths_of = {convert.torch_key(path).removesuffix(".weight"): path for path in paths}
+    rules = [(override.layers, override.sparsity) for override in section.overrides or ()]
+    return {paths_of[name]: s for name, s in allocate.matched(rules, paths_of).items()}
+
+
+def num_removed(sizes: Mapping[str, int], section: config.PruneComponent) -> int:
+    """How many weights a component loses; ties of `rz` and the rounding of bands may differ.
+
+    Args:
+        sizes: weights of every layer in scope, by path.
+        section: of the component.
+    """
+    if section.threshold == "rz":
+        return sum(allocate.each_floored(sizes, section.sparsity).values())
+    if section.pattern == "unstructured" or not section.overrides:
+        return masks.num_removed(sum(sizes.values()), section.sparsity)
+    own = own_sparsities(sizes, section)
+    others = {path: size for path, size in sizes.items() if path not in own}
+    alone = sum(masks.num_removed(sizes[path], sparsity) for path, sparsity in own.items())
+    return alone + sum(allocate.uniform(others, section.sparsity).values())
+
+
+def _of_band(section: config.PruneComponent) -> list[str]:
+    """What a band clashes with."""
+    band, problems = section.band or (), []
+    words = f"band={tuple(band)}"
+    if len(band) != 2 or not 0 <= band[0] < band[1] <= 1 or band[1] - band[0] == 1:
+        problems.append(f"{words} is no (low, high) with 0 <= low < high <= 1, less than all")
+    elif (width := Fraction(str(band[1])) - Fraction(str(band[0]))) != Fraction(
+        str(section.sparsity)
+    ):
+        problems.append(f"{words} removes {float(width):g}; set sparsity to that")
+    if section.method in SOLVERS:
+        problems.append(f"{words} has no meaning for {section.method}, which has no scores")
+    if (section.group or "layer") not in ("layer", "output"):
+        problems.append(f"{words} is of every layer; group={section.group} compares layers")
+    if section.pattern != "unstructured" or section.allocation != "uniform" or section.overrides:
+        problems.append(f"{words} is the same in every layer: no pattern, allocation or overrides")
+    return problems

@@ -1,0 +1,99 @@
+"""How far the outputs of every layer move: SparseGPT against Wanda against magnitude.
+
+    python tools/bench/output_error.py [--component=text_encoder] [--model=DIRECTORY]
+
+Prints, of a component (the UNet of the embedded model, unless told) pruned to one sparsity, the
+squared error of what every layer puts out, as a share of the output itself, by one Gram matrix for
+all three methods; and on how many layers SparseGPT <= Wanda <= magnitude, which should be nine in
+ten. All layers read the dense model.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+import jax
+import numpy as np
+
+from sdprune_jax import checkpoint, config, convert, sharding, sites
+from sdprune_jax.pruning import methods, obs
+from sdprune_jax.pruning import run as pruning
+from sdprune_jax.pruning.recorder import LayerStats
+
+METHODS = ("sparsegpt", "wanda", "magnitude")  # in the order expected
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="embedded", help="diffusers directory")
+    parser.add_argument("--component", default="unet", choices=("unet", "text_encoder"))
+    parser.add_argument("--scope", default="linear+conv", choices=sites.SCOPES)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=25, help="of the sampler")
+    parser.add_argument("--batch", type=int, default=20, help="prompts at once")
+    arguments = parser.parse_args()
+    part = config.PruneComponent(arguments.sparsity, scope=arguments.scope)
+    section = config.Calibration(
+        num_prompts=arguments.prompts, num_steps=arguments.steps, batch_size=arguments.batch
+    )
+    found = dict(errors(arguments.model, arguments.component, part, section))
+    for name, row in found.items():
+        print(f"{_cells(row)}  {name}{'' if row == sorted(row) else '  <- not in order'}")
+    table = np.array(list(found.values()))
+    print("".join(f"{name:>12}" for name in METHODS))
+    for word, of in (("mean", np.mean), ("median", np.median), ("worst", np.max)):
+        print(f"{_cells(of(table, axis=0))}  {word}")
+    pairs = np.diff(table) >= 0
+    both = pairs.all(axis=1)
+    print(
+        f"SparseGPT <= Wanda on {pairs[:, 0].sum()}, Wanda <= magnitude on {pairs[:, 1].sum()},"
+        f" both on {both.sum()} of {len(table)} layers, {both.mean():.1%}"
+    )
+
+
+def errors(
+    name: str, component: str, part: config.PruneComponent, section: config.Calibration
+) -> Iterator[tuple[str, list[float]]]:
+    """Yields each layer's name and its relative errors, in the order of `METHODS`.
+
+    Args:
+        name: of the model, as in `config.Run.model`.
+        component: "unet" or "text_encoder".
+        part: its sparsity and scope; the method is replaced.
+        section: prompts and steps.
+    """
+    model, mesh = checkpoint.open_model(checkpoint.directory_of(name)), sharding.make_mesh()
+    loaded = convert.flatten(checkpoint.load(model, component, dtype=np.float32))
+    flat = {path: np.asarray(x) for path, x in loaded.items()}
+    layers = sites.prunable(checkpoint.param_shapes(model, component), component, part.scope)
+    sizes = {path: flat[path].size for path in layers}
+    calibration = pruning.Calibration(section, model, component, mesh, seed=0, variant="")
+    for paths, stats in calibration.parts(flat, layers, "gram"):
+        kernels = {path: flat[path] for path in paths}
+        found: dict[str, list[float]] = {path: [] for path in paths}
+        for method in METHODS:
+            part = dataclasses.replace(part, method=method)
+            removed = methods.removed_of_each(kernels, part, stats, sizes)
+            for path, pruned in methods.prune(kernels, part, removed, stats, jax.random.key(0)):
+                kernel, read = (
+                    kernels[path] if pruned.kernel is None else pruned.kernel,
+                    stats[path],
+                )
+                assert isinstance(read, LayerStats)
+                error = obs.relative_error(kernels[path], kernel * pruned.keep, read)
+                found[path].append(float(error))
+        for path in paths:
+            yield convert.torch_key(path).removesuffix(".weight"), found[path]
+
+
+def _cells(row: list[float] | np.ndarray) -> str:
+    return "".join(f"{error:12.3e}" for error in row)
+
+
+if __name__ == "__main__":
+    main()
