@@ -13,9 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from sdprune_jax import convert, model_files, tensors, weights
+from sdprune_jax import convert, model_files, sharding, tensors, weights
 from sdprune_jax.diffusion import Schedule
 from sdprune_jax.models import clip, unet, vae
 from sdprune_jax.weights import load_params as load_params
@@ -169,7 +168,7 @@ def save(
             raise ValueError(f"{directory} exists: choose another name, or overwrite it")
         if not (directory / "model_index.json").is_file():
             raise ValueError(f"{directory} is not a model, so it is not overwritten")
-    _wait_for_all("model directory checked")
+    sharding.wait_for_all(f"{directory.name} checked")
     is_writer = jax.process_index() == 0
     new = directory.with_name(f"{directory.name}.tmp")
     try:
@@ -195,7 +194,7 @@ def save(
         raise
     if is_writer:
         _replace(directory, new)
-    _wait_for_all("model directory written")
+    sharding.wait_for_all(f"{directory.name} written")
 
 
 def _write_config(
@@ -239,8 +238,3 @@ def _replace(directory: pathlib.Path, new: pathlib.Path) -> None:
         directory.rename(old)
     new.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _wait_for_all(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)

@@ -9,14 +9,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from sdprune_jax import checkpoint, config, pipeline, tensors
+from sdprune_jax import checkpoint, config, pipeline, sharding, tensors
 from sdprune_jax.aptp import routed
 from sdprune_jax.data import cache, captions, emoji, tokenizer
 from sdprune_jax.metrics import embedded, paired
@@ -44,12 +46,9 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         list(routed.states(directories, work).values()),
     )  # fmt: skip
     record = output / "generate.json"
-    if record.exists() and tensors.read_json(record)["made_from"] == made_from:
+    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
         logging.info("%s is complete: made from the same config and models", output)
         return output
-    partial = work / "images.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
-
     images, results = {}, {}
     for name, drawn in routed.models(directories, work, dense, prompts, mesh).items():
         variant = run.variant if name == "dense" else ""
@@ -67,10 +66,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             pictures |= zip(index, found, strict=True)
             seconds.update(times)
         images[name] = np.stack([pictures[i] for i in range(len(prompts))])
-        (partial / name).mkdir(parents=True)
         files = [f"{name}/{i:04d}.png" for i in range(len(prompts))]
-        for file, image in zip(files, images[name], strict=True):
-            Image.fromarray(image).save(partial / file)
         results[name] = drawn.said() | {"files": files} | _timing(seconds)
         if len(drawn.directories) > 1:
             results[name]["expert"] = drawn.expert.tolist()
@@ -94,10 +90,25 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     }
     values = {"made_from": made_from, "protocol": protocol, "prompts": prompts}
     values |= {"models": results, "chance": chance if concept is not None else {}}
+    if jax.process_index() == 0:
+        _write(output, images, values)
+    sharding.wait_for_all(output.name)
+    return output
+
+
+def _write(
+    output: pathlib.Path, images: Mapping[str, UInt8[np.ndarray, "n h w 3"]], values: dict[str, Any]
+) -> None:
+    """Pictures and record, which appear together."""
+    partial = output.with_name(f"{output.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    for name, found in images.items():
+        (partial / name).mkdir(parents=True)
+        for file, image in zip(values["models"][name]["files"], found, strict=True):
+            Image.fromarray(image).save(partial / file)
     tensors.write_json(partial / "generate.json", values)
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
-    return output
 
 
 def _prompts(

@@ -6,15 +6,21 @@ Ends with status 0 when all is done; 2 for a mistake of the user; 143 after SIGT
 Ctrl-C, which a training saves its step before. The same command then goes on from there.
 """
 
+import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
+import socket
 import sys
+from collections.abc import Iterator
+from typing import TextIO
 
 import jax
-from absl import app
+from absl import app, logging
+from jax.sharding import Mesh
 
 from sdprune_jax import command_line, config, sharding
 
@@ -26,6 +32,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 def main(command: command_line.Command) -> None:
     run = command.run
+    try:
+        os.getcwd()  # a library would fail later, and say less
+    except FileNotFoundError as error:
+        raise ValueError("the current directory was deleted: cd to one that is there") from error
     if run.mesh.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", run.mesh.cpu_devices)
     _cache_compilations()
@@ -44,13 +54,19 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
     """Runs, or completes, every stage whose section is set; returns what each has written.
 
     Raises:
-        ValueError: if no section is set, or a stage cannot do what its section says.
+        ValueError: if no section is set, another run is at work in the directory of this one, or
+            a stage cannot do what its section says.
     """
     if not any(getattr(run, stage) for stage in config.STAGES):
         raise ValueError(f"the config sets no stage: none of {', '.join(config.STAGES)}")
     mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp)
-    if jax.process_index() == 0:
-        save(run)
+    with alone(run.workdir):
+        if jax.process_index() == 0:
+            save(run)
+        return _stages(run, mesh)
+
+
+def _stages(run: config.Run, mesh: Mesh) -> list[pathlib.Path]:
     paths = []
     if run.pretrain:
         from sdprune_jax.pretrain import run as pretrain
@@ -112,17 +128,62 @@ def save(run: config.Run) -> None:
         temporary.write_text(json.dumps(dataclasses.asdict(run), indent=2) + "\n")
         os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(
-            f"config.workdir is {run.workdir!r}, which cannot be written ({error.strerror});"
-            " choose another with --config.workdir=DIRECTORY"
-        ) from error
+        raise ValueError(_unwritable(run.workdir, error)) from error
+
+
+@contextlib.contextmanager
+def alone(workdir: str) -> Iterator[None]:
+    """Keeps other runs out of `workdir` meanwhile; a run that dies, however it does, keeps none.
+
+    Raises:
+        ValueError: in every process, if another run is at work there, or it cannot be written.
+    """
+    path, problem = pathlib.Path(workdir).absolute() / "lock", ""
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                problem = _lock(stack.enter_context(path.open("a+")), path)
+            except OSError as error:
+                problem = _unwritable(workdir, error)
+        if sharding.of_first(lambda: bool(problem)):
+            raise ValueError(problem or "the first process cannot use config.workdir, as it says")
+        yield
+
+
+def _lock(file: TextIO, path: pathlib.Path) -> str:
+    """Locks an open file until it is closed; returns why it cannot."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return (
+            f"config.workdir is {str(path.parent)!r}, where another run is at work:"
+            f" {file.read().strip()}; wait for its end, choose another with"
+            f" --config.workdir=DIRECTORY, or, if its machine is gone, delete {path}"
+        )
+    except OSError as error:  # a file system that has no locks
+        logging.warning("%s cannot be locked (%s): start no other run there", path, error.strerror)
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return ""
+
+
+def _unwritable(workdir: str, error: OSError) -> str:
+    return (
+        f"config.workdir is {workdir!r}, which cannot be written ({error.strerror});"
+        " choose another with --config.workdir=DIRECTORY"
+    )
 
 
 def _cache_compilations() -> None:
     """Keeps what was compiled for the next start, unless the user said where or whether."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = pathlib.Path.home() / ".cache" / "sdprune_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        cache = os.path.expanduser("~/.cache/sdprune_jax/xla")
+        with contextlib.suppress(OSError):  # a home that cannot be written; `~` stays if none is
+            if not cache.startswith("~"):
+                os.makedirs(cache, exist_ok=True)
+                jax.config.update("jax_compilation_cache_dir", cache)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 

@@ -73,13 +73,22 @@ def make_sample(
         prompt alone. Source of guidance: Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598).
     """
     anywhere = dataclasses.replace(model, directory=pathlib.Path())
-    return _make_sample(anywhere, mesh, sampler, num_steps, guided, jnp.dtype(dtype))
+    program = sample_program(anywhere, mesh, sampler, num_steps, guided, jnp.dtype(dtype))
+
+    def sample(
+        params: Mapping[str, Any], ids: Any, negative_ids: Any, noise: Any, guidance_scale: Any
+    ) -> Sampled:
+        ids, noise = sharding.place((ids, noise), sharding.batch_sharding(mesh))
+        return program(params, ids, negative_ids, noise, guidance_scale)
+
+    return sample
 
 
 @functools.cache
-def _make_sample(
+def sample_program(
     model: Model, mesh: Mesh, sampler: str | None, num_steps: int, guided: bool, dtype: Any
-) -> Sample:
+) -> Any:
+    """The jitted function of `make_sample`, which has the same arguments and all on the mesh."""
     encode: Any = clip.TextTower(model.text_encoder, dtype).apply
     denoise: Any = unet.UNet(model.unet, dtype).apply
     decode: Any = partial(vae.VAE(model.vae, dtype).apply, method="decode")

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 MIN_SHARDED_BYTES = 4 * 2**20  # smaller arrays are cheaper to replicate than to gather
 _HEARTBEAT_SECONDS = 30  # of silence until a process counts as dead, and the others end
@@ -133,6 +133,30 @@ def of_processes(value: int, mesh: Mesh) -> Int[Array, " devices"]:
     )
 
 
+def of_first(find: Callable[[], Any], shape: tuple[int, ...] = ()) -> Bool[np.ndarray, "..."]:
+    """What the first process finds, true or false, in every process.
+
+    The others do not look: a file system in a network may show them a file late, and later still
+    if they have looked for it in vain.
+
+    Args:
+        find: called in the first process only.
+        shape: of what it returns.
+    """
+    found = np.zeros(shape, bool)
+    if jax.process_index() == 0:
+        found[...] = find()
+    if jax.process_count() > 1:
+        found = np.asarray(multihost_utils.broadcast_one_to_all(found))
+    return found
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process is here, with the same words: what the first wrote is there."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def to_host(x: Any) -> np.ndarray:
     """The whole of an array; every process calls it if parts are on other hosts."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -149,17 +173,18 @@ def gather(tree: Any, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-def fsdp_shardings(tree: Any, mesh: Mesh, min_bytes: int = MIN_SHARDED_BYTES) -> Any:
+def fsdp_shardings(tree: Any, mesh: Mesh, min_bytes: int | None = None) -> Any:
     """A sharding for every leaf: its largest axis that divides over `fsdp`, if it is big.
 
     Args:
         tree: arrays or `jax.ShapeDtypeStruct`s.
         mesh: of `make_mesh`.
-        min_bytes: smaller leaves are replicated.
+        min_bytes: smaller leaves are replicated; None for `MIN_SHARDED_BYTES`.
     """
+    least = MIN_SHARDED_BYTES if min_bytes is None else min_bytes
 
     def rule(x: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
-        if math.prod(x.shape) * x.dtype.itemsize >= min_bytes:
+        if math.prod(x.shape) * x.dtype.itemsize >= least:
             for axis in sorted(range(len(x.shape)), key=lambda axis: -x.shape[axis]):
                 if x.shape[axis] % mesh.shape["fsdp"] == 0:
                     return NamedSharding(mesh, P(*[None] * axis, "fsdp"))

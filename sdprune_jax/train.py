@@ -192,7 +192,8 @@ def fit(
     Raises:
         FloatingPointError: if the loss or the gradient is not finite; nothing of it is saved.
         SystemExit: after a signal, with status 128 + its number: 143 for SIGTERM.
-        ValueError: if there are checkpoints, but all are damaged or of another training.
+        ValueError: if there are checkpoints, but all are damaged or of another training; or there
+            is no room for them.
     """
     key, name = jax.random.key(seed), directory.name
     checkpoints = directory.absolute() / "checkpoints"
@@ -207,6 +208,8 @@ def fit(
         start, state = train_checkpoints.restore(checkpoints, like) or (0, None)
         if state is None:
             state = sharding.place(init_state(params, optimizer), shardings)
+        if start < num_steps:
+            train_checkpoints.check_space(checkpoints, abstract)
         manager = stack.enter_context(train_checkpoints.open_manager(checkpoints))
         log = stack.enter_context(contextlib.closing(train_log.Log(directory, start)))
         pending: list[Metrics] = []

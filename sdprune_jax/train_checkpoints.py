@@ -33,6 +33,28 @@ def open_manager(directory: pathlib.Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
+def check_space(directory: pathlib.Path, state: Any) -> None:
+    """Refuses a disk that the checkpoints of a training do not fit on.
+
+    Args:
+        directory: of the checkpoints; it may have some, or not be there yet.
+        state: what will be saved, or its shapes.
+
+    Raises:
+        ValueError: saying what is needed, and what is free.
+    """
+    size = sum(tensors.num_bytes(leaf) for leaf in jax.tree.leaves(state))
+    count = _NUM_KEPT + 1  # the oldest goes when the newest is whole
+    held = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    there = next(path for path in (directory, *directory.parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < count * size - held:
+        raise ValueError(
+            f"{there} has {free / 1e9:.3g} GB free, and {count} checkpoints of {size / 1e9:.3g} GB"
+            " are to fit there; make room, or choose another workdir"
+        )
+
+
 def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
     """Copies `state` and its checksums, and writes them while the training goes on.
 

@@ -1,5 +1,6 @@
 """tools/aot_compile.py, short of libtpu: the step it compiles, and how it reads what comes out."""
 
+import collections
 import dataclasses
 import pathlib
 import sys
@@ -10,11 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, config, sharding
+from sdprune_jax import checkpoint, config, sharding, sites
 from sdprune_jax.aptp import data
+from sdprune_jax.aptp.layout import layout_of
+from sdprune_jax.metrics import features
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
 import aot_compile
+import aot_costs
+import aot_programs
 
 HLO = """
   %a = f32[16,8]{1,0} all-gather(f32[2,8]{1,0} %p), replica_groups={{0,1}}
@@ -36,7 +41,7 @@ def _run(model, **changes):
 
 
 def test_collectives_are_counted_once_with_the_bytes_of_their_results():
-    assert aot_compile.collectives(HLO) == {"all-gather": (2, 512 + 32), "all-reduce": (1, 44)}
+    assert aot_costs.collectives(HLO) == {"all-gather": (2, 512 + 32), "all-reduce": (1, 44)}
 
 
 def test_report_is_of_the_slowest_part():
@@ -48,11 +53,20 @@ def test_report_is_of_the_slowest_part():
         cost_analysis=lambda: {"flops": 4e12, "bytes accessed": 1e9},
         as_text=lambda: HLO,
     )
-    text = aot_compile.report(compiled, aot_compile.Chip(16, 2e14, 1e12, 1e11))
+    text = aot_compile.report(compiled, aot_costs.Chip(16, 2e14, 1e12, 1e11, 1.0))
     assert "1.00 GiB of arguments, 0.50 GiB temporary; at most 1.50 GiB of 16 GiB" in text
     assert "4.00 TFLOP, 1.0 GB of memory traffic, 4000 FLOPs a byte" in text
     assert "20.0 ms by work, 1.0 ms by memory, 0.0 ms by network" in text
     assert text.endswith("a step takes 20.0 ms or more: limited by work")
+
+
+def test_many_steps_take_and_cost_what_one_does_many_times():
+    work = aot_costs.Work(flops=1e12, moved=3e9, sent={"all-reduce": (1, 10**9)})
+    chip = aot_costs.Chip(16, 1e14, 1e12, 1e11, 2.0)  # 10 ms of work, 3 of memory, 10 of network
+    lines = aot_costs.scaling(work, "v5e", chip, 256, 360_000, 0.5).splitlines()
+    assert "256 v5e   1.0 h, $512 at the roofline; 2.0 h, $1,024 at 50% of it" in lines[1]
+    hours = 360_000 * 1e12 * 256 / 16 / 312e12 / 3600  # of 16 A100s
+    assert f" 16 A100  {hours:.1f} h, ${hours * 16 * 5.07:,.0f} at the roofline" in lines[2]
 
 
 def test_topologies_have_the_names_that_clouds_give_them():
@@ -66,9 +80,9 @@ def test_topologies_have_the_names_that_clouds_give_them():
 def test_step_that_cannot_be_is_refused(model):
     mesh = sharding.make_mesh(2, 4)
     with pytest.raises(ValueError, match=r"config.finetune is not set"):
-        aot_compile.lower_step(_run(model), "finetune", mesh)
+        aot_programs.lower(_run(model), "finetune", mesh)
     with pytest.raises(ValueError, match=r"a batch of 12 is not split over 8.*such as 16"):
-        aot_compile.lower_step(_run(model, batch_size=12), "router", mesh)
+        aot_programs.lower(_run(model, batch_size=12), "router", mesh)
 
 
 def test_program_that_is_too_large_names_what_to_change():
@@ -91,15 +105,69 @@ def test_batches_are_those_of_the_training(model):
         "null": states[:1],
     }
     batch = data.Examples(**fields).batch(np.arange(16), [0])
-    shapes = aot_compile.batch_shapes(model, 16, size, "finetune", sharding.make_mesh())
+    shapes = aot_programs.batch_shapes(model, 16, size, "finetune", sharding.make_mesh())
     assert {k: (x.shape, x.dtype) for k, x in shapes.items()} == {
         k: (x.shape, x.dtype) for k, x in batch.items()
     }
 
 
 def test_lowered_step_takes_the_state_the_frozen_unet_and_a_batch(model):
-    lowered = aot_compile.lower_step(_run(model), "router", sharding.make_mesh(2, 4))
+    lowered = aot_programs.lower(_run(model), "router", sharding.make_mesh(2, 4))
     state, frozen, batch, _ = lowered.in_avals[0]
     assert int(np.prod(state.params["codes"].shape)) == 3 * state.params["codes"].shape[1]
     assert jax.tree.structure(frozen) == jax.tree.structure(checkpoint.param_shapes(model, "unet"))
     assert batch["warms_up"].shape == (16,)
+
+
+def test_stages_have_programs_with_the_arguments_of_the_run(model):
+    run, mesh = _run(model), sharding.make_mesh(2, 4)
+    run.router.data = config.RouterData(dataset="coco", image_size=32)
+    run.finetune = config.Finetune(training=config.Training(batch_size=8))
+    run.pretrain = config.Pretrain(
+        unet=config.PretrainUNet(widths=(8, 8, 16, 16), heads=(1, 1, 2, 2)),
+        clip=config.PretrainCLIP(width=16, heads=2),
+    )
+    run.generate = config.Generate(batch_size=8, num_steps=2, height=32)
+    run.evaluate = config.Evaluate()
+    shapes = {
+        stage: jax.tree.leaves(aot_programs.lower(run, stage, mesh).in_avals[0])
+        for stage in ("finetune", "pretrain", "generate", "features")
+    }
+    shapes = {stage: [leaf.shape for leaf in leaves] for stage, leaves in shapes.items()}
+    assert (8, 4, 4, 4) in shapes["finetune"]  # trained at the size of the router
+    assert (64, 16, 16, 4) in shapes["pretrain"]
+    assert (8, 4, 8, 4) in shapes["generate"]
+    assert (8 * features.CHUNK, 299, 299, 3) in shapes["features"]
+
+
+def test_router_step_sends_what_the_algorithm_needs_and_each_split_weight_once(model, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_BYTES", 2048)
+    run, mesh = _run(model), sharding.make_mesh(2, 4)
+    compiled = aot_programs.lower(run, "router", mesh).compile()
+    sent: dict[str, list] = {}
+    for kind, results in aot_costs.each_collective(compiled.as_text()):
+        sent.setdefault(kind, []).extend(results)
+    assert sent.keys() == {"all-gather", "all-reduce"}
+
+    width, num_gates = model.text_encoder.hidden_size, layout_of(sites.table(model.unet)).size
+    unet = checkpoint.param_shapes(model, "unet")
+    places = jax.tree.leaves(sharding.fsdp_shardings(unet, mesh))
+    split = [
+        leaf.shape
+        for leaf, place in zip(jax.tree.leaves(unet), places, strict=True)
+        if not place.is_fully_replicated
+    ]
+    assert 0 < len(split) < len(places)
+    # The heads are split too. The contrastive loss compares all prompts and all their gates.
+    wanted = [*split, (width, num_gates), (16, width), (16, num_gates)]
+    gathered = collections.Counter(tuple(sorted(shape)) for _, shape in sent["all-gather"])
+    assert gathered == collections.Counter(tuple(sorted(shape)) for shape in wanted)
+
+    # Of the heads, of the codes by routing and by their pull, and of the gates that were gathered:
+    # gradients. All else is a number, or one of each code: of Sinkhorn, the losses, the metrics.
+    large = sorted(shape for _, shape in sent["all-reduce"] if len(shape) > 1)
+    heads, codes = (num_gates, width), (3, num_gates)
+    assert large == sorted([heads, codes, codes, (16, num_gates)])
+    others = [shape for _, shape in sent["all-reduce"] if len(shape) < 2]
+    assert set(others) == {(), (3,), (num_gates,)}
+    assert others.count((num_gates,)) == 1  # the heads' biases

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import aptp_model
 import pytest
 from absl import flags
 
@@ -148,6 +149,59 @@ def test_run_without_a_stage_is_refused_and_writes_nothing(tmp_path):
 def test_workdir_that_cannot_be_written_is_refused(file):
     with pytest.raises(ValueError, match=re.escape("--config.workdir=DIRECTORY")):
         main.save(config.Run(workdir=str(file / "below")))
+
+
+def test_second_run_in_a_directory_is_refused_while_the_first_lives(tmp_path):
+    with main.alone(str(tmp_path / "work")):
+        again = pytest.raises(ValueError, match=rf"another run .*: process {os.getpid()} on .*lock")
+        with again, main.alone(str(tmp_path / "work")):
+            pytest.fail("let in")
+    lock = tmp_path / "work" / "lock"
+    source = (
+        "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", source, str(lock)], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another run"), main.alone(str(tmp_path / "work")):
+            pytest.fail("let in")
+        other.kill()
+    with main.alone(str(tmp_path / "work")):
+        assert lock.read_text().startswith(f"process {os.getpid()} on ")
+    with pytest.raises(ValueError, match=r"work/lock'.*cannot be written"), main.alone(str(lock)):
+        pytest.fail("let in")
+
+
+def test_run_from_a_directory_that_was_deleted_is_refused(file, monkeypatch):
+    command = _parse(f"--config={file}")
+    (file.parent / "gone").mkdir()
+    monkeypatch.chdir(file.parent / "gone")
+    (file.parent / "gone").rmdir()
+    with pytest.raises(ValueError, match="current directory was deleted"):
+        main.main(command)
+
+
+def test_run_needs_no_home_no_locale_and_no_clock(tmp_path, monkeypatch):
+    home = tmp_path / "es läuft 走"  # a space, letters, and nothing that ASCII has
+    model = aptp_model.make(home / "model", aptp_model.ONE_LEVEL)
+    words = [f"--config={home}/one.py", f"--config.workdir={home}/work"]
+    words.append(f"--config.model={model.directory}")
+    (home / "one.py").write_text(
+        "from sdprune_jax import config\n"
+        "def get_config():\n"
+        "    prune = config.Prune(text_encoder=config.PruneComponent())\n"
+        "    return config.Run(prune=prune, report=config.Report())\n"
+    )
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    for name, value in {
+        "HOME": "/dev/null", "TZ": "Mars/Olympus_Mons", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    done = _program(*words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((home / "work" / "prune.json").read_text())["of_pipeline"] > 0
+    assert (home / "work" / "report.html").is_file()
 
 
 def test_only_a_mistake_of_the_user_ends_without_a_traceback(capsys):

@@ -1,13 +1,15 @@
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from sdprune_jax import config, pipeline, train
+from sdprune_jax import config, pipeline, sharding, train
 from sdprune_jax.data import emoji
 from sdprune_jax.models import clip, vae
-from sdprune_jax.pretrain import autoencoder, contrastive
+from sdprune_jax.pretrain import autoencoder, contrastive, run
 
 
 def _vae():
@@ -47,6 +49,34 @@ def test_text_encoder_is_the_tower_without_its_last_layer():
     assert jax.tree.map(jnp.shape, kept) == jax.tree.map(lambda s: s.shape, shapes)
     assert "encoder.layers.1" in kept["text_model"]
     assert "encoder.layers.2" not in kept["text_model"]
+
+
+def test_training_goes_on_with_the_settings_that_it_began_with(tmp_path):
+    file, section = tmp_path / "pretrain" / "settings.json", config.Pretrain()
+    keep = lambda seed=0: run._keep_settings(file, {"seed": seed} | dataclasses.asdict(section))
+    keep()
+    section.unet.training.num_steps, section.clip.training.log_every = 8000, 7  # may change
+    keep()
+    section.unet.training.learning_rate, section.vae.widths = 0.5, (8, 16)
+    with pytest.raises(ValueError, match="begun with other settings") as error:
+        keep(seed=1)
+    for line in (
+        "seed was 0, is 1", "unet.training.learning_rate was 0.001, is 0.5",
+        "vae.widths was [16, 32, 64], is [8, 16]", f"delete {file}",
+    ):  # fmt: skip
+        assert line in str(error.value)
+    assert "num_steps" not in str(error.value)
+    file.unlink()
+    keep(seed=1)
+
+
+def test_batches_that_do_not_divide_are_refused_before_anything_is_made(tmp_path):
+    section = config.Pretrain()
+    section.clip.training.batch_size, section.unet.training.batch_size = 12, 20
+    asked = config.Run(workdir=str(tmp_path / "work"), pretrain=section)
+    with pytest.raises(ValueError, match=r"(?s)clip.*is 12, .* of the 8 devices.*unet.*is 20"):
+        run.run(asked, sharding.make_mesh())
+    assert not (tmp_path / "work").exists()
 
 
 def test_varied_images_stay_on_white():

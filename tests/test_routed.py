@@ -78,7 +78,7 @@ def calls(monkeypatch):
 
         return sample
 
-    monkeypatch.setattr(pipeline, "_make_sample", functools.cache(make_sample))
+    monkeypatch.setattr(pipeline, "sample_program", functools.cache(make_sample))
     monkeypatch.setattr(pipeline, "load", _load)
     return made
 

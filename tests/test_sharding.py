@@ -57,6 +57,13 @@ def test_batches_are_split_over_all_devices_and_small_arrays_over_none():
     assert sharding.fsdp_shardings(shapes, mesh)["small"].spec == P()
 
 
+def test_arrays_are_split_from_a_size_on_that_is_read_when_asked(monkeypatch):
+    mesh, shapes = sharding.make_mesh(2, 4), {"w": jax.ShapeDtypeStruct((6, 64), np.float32)}
+    monkeypatch.setattr(sharding, "MIN_SHARDED_BYTES", 6 * 64 * 4)
+    assert sharding.fsdp_shardings(shapes, mesh)["w"].spec == P(None, "fsdp")
+    assert sharding.fsdp_shardings(shapes, mesh, min_bytes=6 * 64 * 4 + 1)["w"].spec == P()
+
+
 @pytest.fixture
 def started(monkeypatch):
     calls = []

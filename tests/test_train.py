@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def test_killed_runs_resume_to_the_same_bits(tmp_path):
     run("killed", 128 + 15, 5, int(signal.SIGTERM))
     assert newest() == 7  # what was begun when it came, and what tells the other processes
     run("killed", -9, 8)  # while a checkpoint is written
-    run("killed", -15, 9, int(signal.SIGTERM), 2)  # the second kills at once
+    run("killed", -2, 9, int(signal.SIGINT), 2)  # the second kills at once
     assert newest() <= 8
     run("killed", 0, None)
     results = [np.load(tmp_path / name / "ema.npy") for name in ("whole", "killed")]
@@ -140,6 +141,22 @@ def test_a_signal_in_the_last_step_is_not_lost(tmp_path):
     signal.signal(signal.SIGINT, before)
     ema = _fit(tmp_path / "run", _batch_at)  # nothing is left to do
     assert np.any(np.asarray(ema["w"]) != _PARAMS["w"])
+
+
+def test_ctrl_c_saves_the_step_that_it_interrupts(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit) as end:
+        killed(tmp_path / "es läuft 走", 5, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    assert end.value.code == 128 + signal.SIGINT
+    assert (tmp_path / "es läuft 走" / "checkpoints" / "7").is_dir()
+
+
+def test_training_whose_checkpoints_have_no_room_does_not_begin(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=8 * 2**10)  # the parameters take 2 KiB
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"has 8\.19e-06 GB free, and 3 checkpoints of 8\.2.*room"):
+        _fit(tmp_path / "run", lambda _: pytest.fail("began"))
 
 
 def test_training_goes_on_from_the_step_before_a_damaged_one(tmp_path):

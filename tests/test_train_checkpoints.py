@@ -1,6 +1,8 @@
 """Checkpoints of a training: on any mesh, and after what disks and pods do to them."""
 
+import collections
 import pathlib
+import resource
 import shutil
 
 import jax
@@ -82,6 +84,14 @@ def _empty(step):
     step.mkdir()
 
 
+def _lose_a_file(step):
+    _largest_file(step).unlink()
+
+
+def _garble_the_shapes(step):
+    (step / "default" / "_METADATA").write_bytes(b"\x00" * 64)
+
+
 def _lose_a_sum(step):
     path = step / "checksums" / "metadata"
     path.write_text(path.read_text().replace("'w'", "'other'"))
@@ -109,6 +119,8 @@ def test_any_mesh_restores_the_same_bits(saved, data, fsdp):
         (_flip, "not as it was saved: ['w']"),
         (_truncate, "Error|Exception"),
         (_empty, "FileNotFoundError"),
+        (_lose_a_file, "Error|Exception"),
+        (_garble_the_shapes, "Error|Exception"),
         (_lose_a_sum, "not as it was saved: ['w']"),
         (_cut_the_sums, "is not JSON"),
     ],
@@ -144,6 +156,37 @@ def test_checkpoint_of_another_shape_is_refused(saved):
     with pytest.raises(ValueError, match=r"params\.w is \(64, 64\), not \(64, 32\)") as error:
         train_checkpoints.restore(saved, like)
     assert "choose another workdir" in str(error.value)
+
+
+def test_full_disk_leaves_what_was_saved(sole):
+    mesh, limits = _mesh(1, 1), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save():
+        with train_checkpoints.open_manager(sole) as manager:
+            train_checkpoints.save(manager, 3, _state(mesh, 3, _SOLE))
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))  # bytes of a file
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    step, state = train_checkpoints.restore(sole, _like(mesh, _SOLE))
+    assert (step, _bytes(state)) == (2, _bytes(_state(mesh, 2, _SOLE)))
+    save()  # there is room again
+    assert sorted(path.name for path in sole.iterdir()) == ["2", "3"]  # and nothing half-written
+
+
+def test_disk_without_room_for_all_that_is_kept_is_refused(tmp_path, sole, monkeypatch):
+    usage = collections.namedtuple("usage", "free")
+    free_of = lambda num: monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(num))
+    size = 64 * 64 * 4
+    free_of(3 * size)
+    train_checkpoints.check_space(tmp_path / "not" / "there", _like(_mesh(1, 1), _SOLE))
+    free_of(3 * size - 1)
+    with pytest.raises(ValueError, match=rf"{tmp_path} has 4.92e-05 GB free, and 3 checkpoints of"):
+        train_checkpoints.check_space(tmp_path / "not" / "there", _like(_mesh(1, 1), _SOLE))
+    train_checkpoints.check_space(sole, _like(_mesh(1, 1), _SOLE))  # two of them are there
 
 
 def test_nothing_saved_is_no_state(tmp_path):

@@ -1,26 +1,27 @@
-"""Compiles a training step for a TPU that is not there: memory, FLOPs and collectives of each chip.
+"""Compiles a program of a run for a TPU that is not there: what each chip holds, does and sends.
 
     python tools/aot_compile.py --config=configs/NAME.py --stage=router --topology=v5e-16
 
-and, if needed, --config.KEY=VALUE, --num_slices=2, --optimized.
+and, if needed, --config.KEY=VALUE, --num_slices=2, --optimized, --num_steps=5000. Stages are
+router, finetune, pretrain: their training steps; generate, evaluate: their pictures; features.
 
 Nothing runs and no weights are read, only the model's configs. What does not fit in the memory of
 a chip is refused here instead of on the pod. A step of Stable Diffusion 2 takes 3 to 5 minutes and
-8 GB; `--optimized` five times as long, for the same memory and collectives. Needs libtpu:
+8 GB; `--optimized` five times as long, for the same memory and collectives. `--num_steps` says what
+so many calls take and cost, here and on 16 A100s. Needs libtpu:
 
     pip install 'jax[tpu]'
 """
 
 import argparse
 import importlib.util
-import math
 import os
 import pathlib
 import re
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 # libtpu asks a server of the cloud about the machine, and locks it, unless it is told otherwise.
@@ -31,49 +32,28 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import aot_costs
+import aot_programs
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
-from sdprune_jax import checkpoint, command_line, config, sharding, sites, train
-from sdprune_jax.aptp import codebook, finetune, router, train_router
-from sdprune_jax.aptp.layout import layout_of
+from sdprune_jax import command_line, sharding
 
-STAGES = ("router", "finetune")
 _GRIDS = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_NUM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
-_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-
-
-class Chip(NamedTuple):
-    """What one chip has; memory is what the compiler leaves of it, the rest is from the vendor.
-
-    Source: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, for bfloat16.
-    """
-
-    memory: float  # GiB
-    flops: float  # a second
-    bandwidth: float  # of the memory, bytes a second
-    network: float  # between chips of a slice, bytes a second
-
-
-CHIPS = {
-    "v4": Chip(30.75, 275e12, 1.23e12, 0.300e12),
-    "v5e": Chip(15.75, 197e12, 0.82e12, 0.200e12),
-    "v5p": Chip(95.74, 459e12, 2.77e12, 0.600e12),
-    "v6e": Chip(31.25, 918e12, 1.64e12, 0.448e12),
-}
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
-    parser.add_argument("--stage", choices=STAGES, required=True)
+    parser.add_argument("--stage", choices=aot_programs.STAGES, required=True)
     parser.add_argument("--topology", required=True)
     parser.add_argument("--num_slices", type=int, default=1)
     parser.add_argument("--optimized", action="store_true")
+    parser.add_argument("--num_steps", type=int, default=0)
+    parser.add_argument("--utilization", type=float, default=0.4)  # of the roofline
+    parser.add_argument("--dollars", type=float)  # a chip and hour
     asked, rest = parser.parse_known_args(argv)
     run = command_line.parse(["aot_compile", *rest], flags.FlagValues()).run
     if not asked.optimized:
@@ -82,9 +62,15 @@ def main(argv: Sequence[str]) -> None:
     mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, _devices(name, asked.num_slices))
     print(f"{asked.stage} on {asked.num_slices} x {name}: {dict(mesh.shape)}")
     start = time.monotonic()
-    compiled = compile_step(lower_step(run, asked.stage, mesh))
+    compiled = compile_step(aot_programs.lower(run, asked.stage, mesh))
     print(f"compiled in {time.monotonic() - start:.0f} s")
-    print(report(compiled, CHIPS[name.partition(":")[0]]))
+    kind = name.partition(":")[0]
+    chip = aot_costs.CHIPS[kind]
+    chip = chip._replace(dollars=chip.dollars if asked.dollars is None else asked.dollars)
+    print(report(compiled, chip))
+    if asked.num_steps:
+        work = aot_costs.work_of(compiled)
+        print(aot_costs.scaling(work, kind, chip, mesh.size, asked.num_steps, asked.utilization))
 
 
 def topology_name(text: str) -> str:
@@ -96,7 +82,7 @@ def topology_name(text: str) -> str:
     kind, _, count = text.partition("-")
     if kind in ("v5e", "v6e") and count.isdigit() and int(count) in _GRIDS:
         return f"{kind}:{_GRIDS[int(count)]}"
-    if re.fullmatch(rf"({'|'.join(CHIPS)}):\d+x\d+(x\d+)?", text):
+    if re.fullmatch(rf"({'|'.join(aot_costs.CHIPS)}):\d+x\d+(x\d+)?", text):
         return text
     raise ValueError(
         f"--topology={text}: expected v5e-N or v6e-N with N of {', '.join(map(str, _GRIDS))}, or"
@@ -115,75 +101,6 @@ def _devices(name: str, num_slices: int) -> Sequence[Any]:
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"libtpu makes no --topology={name}: {error}") from error
     return found.devices
-
-
-def lower_step(run: config.Run, stage: str, mesh: Mesh) -> jax.stages.Lowered:
-    """The training step of a stage, of shapes alone; an expert is taken to be as large as the UNet.
-
-    Raises:
-        ValueError: if the section of the stage is not set, or its batch does not fit the mesh.
-    """
-    section = getattr(run, stage)
-    if section is None:
-        raise ValueError(f"--stage={stage}: config.{stage} is not set; use another stage or config")
-    model = checkpoint.open_model(checkpoint.directory_of(run.model))
-    dtype, size = jnp.dtype(run.dtype), model.unet.sample_size
-    shapes = checkpoint.param_shapes(model, "unet")
-    if stage == "router":
-        size, batch_size = section.latent_size or size, section.batch_size
-        layout = layout_of(sites.table(model.unet))
-        costs = train_router.budget_costs(section, model, (size, size))
-        loss_fn = train_router.make_loss(section, model, costs, layout, dtype)
-        optimizer = codebook.make_optimizer(section, None)
-        width = model.text_encoder.hidden_size
-        params = jax.eval_shape(
-            lambda: jax.tree.map(
-                jnp.asarray, router.init_params(layout, width, section.num_codes, 0)
-            )
-        )
-        frozen, decay = shapes, section.ema_decay
-    else:
-        batch_size, decay = section.training.batch_size, section.training.ema_decay
-        loss_fn = finetune.make_loss(section, model, model.unet, dtype)
-        optimizer, params = finetune.make_optimizer(section), shapes
-        null = (1, model.text_encoder.max_position_embeddings, model.text_encoder.hidden_size)
-        frozen = {"teacher": shapes, "null": jax.ShapeDtypeStruct(null, jnp.float32)}
-    if batch_size % mesh.size:
-        raise ValueError(
-            f"config.{stage}: a batch of {batch_size} is not split over {mesh.size} devices;"
-            f" use a multiple, such as {math.ceil(batch_size / mesh.size) * mesh.size}"
-        )
-    placed = lambda tree, places: jax.tree.map(lambda x, s: x.update(sharding=s), tree, places)
-    state = jax.eval_shape(lambda tree: train.init_state(tree, optimizer), params)
-    places = sharding.fsdp_shardings(state, mesh)
-    step = train.make_train_step(loss_fn, optimizer, mesh, places, decay)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return step.lower(  # pyrefly: ignore[missing-attribute]
-        placed(state, places),
-        placed(frozen, sharding.fsdp_shardings(frozen, mesh)),
-        batch_shapes(model, batch_size, size, stage, mesh),
-        key.update(sharding=sharding.replicated(mesh)),
-    )
-
-
-def batch_shapes(
-    model: checkpoint.Model, batch_size: int, size: int, stage: str, mesh: Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `aptp.data.Examples.batch` gives a stage."""
-    text, split = model.text_encoder, sharding.batch_sharding(mesh)
-    latent = (size, size, model.unet.in_channels)
-    kinds = {
-        "embedding": ((text.hidden_size,), jnp.float32),
-        "text": ((text.max_position_embeddings, text.hidden_size), jnp.float16),
-        "mean": (latent, jnp.float32),
-        "log_variance": (latent, jnp.float32),
-    }
-    if stage == "router":
-        kinds["warms_up"] = ((), jnp.bool_)
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=split)
-        for name, (shape, dtype) in kinds.items()
-    }
 
 
 def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
@@ -205,36 +122,12 @@ def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         ) from error
 
 
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """How many of each kind a compiled program has, and the bytes of their results, by its text."""
-    found: dict[str, tuple[int, int]] = {}
-    for line in text.splitlines():
-        # `-start` begins one that `-done` only waits for.
-        if match := re.search(rf"= (.*?) ({_KINDS})(-start)?\(", line):
-            results = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1])
-            sizes = [
-                _NUM_BYTES.get(kind, 0) * math.prod(int(n) for n in shape.split(",") if n)
-                for kind, shape in results
-            ]
-            # What begins has its operands beside its results.
-            num_bytes = max(sizes, default=0) if match[3] else sum(sizes)
-            count, total = found.get(match[2], (0, 0))
-            found[match[2]] = (count + 1, total + num_bytes)
-    return found
-
-
-def report(compiled: jax.stages.Compiled, chip: Chip) -> str:
+def report(compiled: jax.stages.Compiled, chip: aot_costs.Chip) -> str:
     """Memory, work and collectives of a chip, and the least time that each takes."""
     memory: Any = compiled.memory_analysis()
-    cost: Any = compiled.cost_analysis() or {}
-    flops, moved = cost.get("flops", math.nan), cost.get("bytes accessed", math.nan)
-    sent = collectives(compiled.as_text() or "")
-    total = sum(num_bytes for _, num_bytes in sent.values())
-    times = {
-        "work": flops / chip.flops,
-        "memory": moved / chip.bandwidth,
-        "network": total / chip.network,
-    }
+    work = aot_costs.work_of(compiled)
+    flops, moved, sent = work
+    times = work.seconds(chip)
     limit = max(times, key=lambda name: np.nan_to_num(times[name]))
     gib = lambda num_bytes: f"{num_bytes / 2**30:.2f} GiB"
     lines = [

@@ -240,10 +240,10 @@ def _encode(
     What is large is kept in a file in `scratch`, which nobody sees, and not in memory.
     """
     placed = sharding.batch_sharding(mesh)
-    encode = jax.jit(apply, in_shardings=(None, placed), out_shardings=placed)
-    params, found = jax.device_put(params, sharding.replicated(mesh)), np.zeros(0)
+    encode = jax.jit(apply, out_shardings=placed)
+    params, found = sharding.place(params, sharding.replicated(mesh)), np.zeros(0)
     for batch in cache.in_batches(num_rows, _ROWS_PER_DEVICE * mesh.size):
-        part = sharding.to_host(encode(params, take(batch)))
+        part = sharding.to_host(encode(params, sharding.place(take(batch), placed)))
         if not found.size:
             found = _room(part, num_rows, scratch)
         found[batch] = part  # the last row again and again, at the end

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int32
 
-from sdprune_jax import checkpoint, config, convert, macs, sites, tensors
+from sdprune_jax import checkpoint, config, convert, macs, sharding, sites, tensors
 from sdprune_jax.aptp import data
 from sdprune_jax.data import emoji
 from sdprune_jax.models import unet
@@ -147,8 +147,7 @@ def write(
                 "kept": cut.kept,
             }
         )
-    for split, of_prompt in rows.items():
-        np.save(partial / f"experts_{split}.npy", of_prompt)
+    save_arrays(partial, {f"experts_{split}": of_prompt for split, of_prompt in rows.items()})
     values = {
         **record,
         "model": run.model,
@@ -185,27 +184,38 @@ def read(work: pathlib.Path) -> Experts:
 
 def is_complete(output: pathlib.Path, made_from: str, name: str) -> bool:
     """Whether a stage has written `output`, with its record `name`, from the same inputs."""
-    record = output / name
-    done = record.exists() and tensors.read_json(record)["made_from"] == made_from
+    done = bool(sharding.of_first(lambda: tensors.is_record_of(output / name, made_from)))
     if done:
         logging.info("%s is complete: made from the same config and inputs", output)
     return done
 
 
 def fresh(output: pathlib.Path) -> pathlib.Path:
-    """An empty directory to write in, which takes the name of `output` when complete."""
+    """An empty directory to write in, which takes the name of `output` when complete.
+
+    Every process calls this and the functions that follow; the first one writes.
+    """
     partial = output.with_name(f"{output.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
+    if jax.process_index() == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir(parents=True)
     return partial
+
+
+def save_arrays(directory: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    if jax.process_index() == 0:
+        for name, array in arrays.items():
+            np.save(directory / f"{name}.npy", array)
 
 
 def finish(
     partial: pathlib.Path, output: pathlib.Path, name: str, values: dict[str, Any]
 ) -> pathlib.Path:
-    tensors.write_json(partial / name, values)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    if jax.process_index() == 0:
+        tensors.write_json(partial / name, values)
+        shutil.rmtree(output, ignore_errors=True)
+        partial.rename(output)
+    sharding.wait_for_all(output.name)
     return output
 
 

@@ -75,12 +75,11 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
     kept = _kept(keep, layout, costs)
 
     partial = expert_files.fresh(output)
-    np.save(partial / "architectures.npy", keep)
-    np.save(partial / "offsets.npy", offsets)
-    np.save(partial / "code_gates.npy", np.asarray(code_gates))
+    arrays = {"architectures": keep, "offsets": offsets, "code_gates": np.asarray(code_gates)}
+    of_prompts = {f"experts_{split}": found for split, found in experts.items()}
+    expert_files.save_arrays(partial, arrays | of_prompts)
     report = {}
     for split, found in experts.items():
-        np.save(partial / f"experts_{split}.npy", found)
         report[split] = balance.figures(found, kept, trained.macs_budget)
         report[split] |= balance.information(found, _labels(labels[split]))
     if len(dead := report["train"]["dead"]):

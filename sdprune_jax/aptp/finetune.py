@@ -42,7 +42,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         experts.made_from,
     )  # fmt: skip
     record = output / "finetune.json"
-    if record.exists() and tensors.read_json(record)["made_from"] == made_from:
+    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
         logging.info("%s is complete: made from the same config and experts", output)
         return output
     training, problems = section.training, []
@@ -81,7 +81,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             logging.warning("expert %s has no prompt to train on: skipped", name)
             skipped.append(name)
             continue
-        if not (partial / name / "finetune.json").exists():
+        if not sharding.of_first((partial / name / "finetune.json").exists):
             figures = _train_expert(
                 run, model, source, partial / name, examples, mine, frozen, mesh,
                 work / "finetune" / made_from / f"expert-{name}",
@@ -89,15 +89,13 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             if jax.process_index() == 0:
                 shutil.copyfile(source / "prompts.json", partial / name / "prompts.json")
                 tensors.write_json(partial / name / "finetune.json", figures)
+            sharding.wait_for_all(name)
         done.append({"directory": name} | tensors.read_json(partial / name / "finetune.json"))
     if not done:
         raise ValueError(f"none of the {len(skipped)} experts in {work} has a prompt to train on")
     values = {"made_from": made_from, "section": dataclasses.asdict(section)}
     values |= {"experts": done, "skipped": skipped}
-    tensors.write_json(partial / "finetune.json", values)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
-    return output
+    return expert_files.finish(partial, output, "finetune.json", values)
 
 
 def make_loss(
@@ -206,13 +204,13 @@ def _evaluator(
     mesh: Mesh,
 ) -> Callable[[train.Params], dict[str, float]]:
     """Losses of unseen prompts, with the same noise and timesteps every time; none without any."""
-    loss_of = jax.jit(loss_fn, in_shardings=(None, None, sharding.batch_sharding(mesh), None))
+    loss_of, split = jax.jit(loss_fn), sharding.batch_sharding(mesh)
     count = min(len(rows), _NUM_EVALUATED * batch_size)
 
     def evaluate(params: train.Params) -> dict[str, float]:
         found: list[train.Metrics] = []
         for picked in cache.in_batches(count, batch_size):
-            batch = examples.batch(rows[picked], [0])
+            batch = sharding.place(examples.batch(rows[picked], [0]), split)
             found.append(loss_of(params, frozen, batch, jax.random.key(int(picked[0])))[1])
         fetched = jax.device_get(found)
         names = fetched[0] if fetched else ()
@@ -231,7 +229,7 @@ def _partial(output: pathlib.Path, made_from: str) -> pathlib.Path:
     """Where finished experts wait for the others; emptied if they are of another config."""
     partial = output.with_name(f"{output.name}.tmp")
     record = partial / "made_from.json"
-    if not record.exists() or tensors.read_json(record)["made_from"] != made_from:
+    if jax.process_index() == 0 and not tensors.is_record_of(record, made_from):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         tensors.write_json(record, {"made_from": made_from})

@@ -41,7 +41,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         cache.directory_state(model.directory),
     )  # fmt: skip
     record = output / "router.json"
-    if record.exists() and tensors.read_json(record)["made_from"] == made_from:
+    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
         logging.info("%s is complete: made from the same config and model", output)
         return output
 
@@ -92,7 +92,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         save_every=section.save_every, evaluate=figures,
         eval_every=max(section.num_steps // section.num_evals, 1),
     )  # fmt: skip
-    record.unlink(missing_ok=True)
+    if jax.process_index() == 0:
+        record.unlink(missing_ok=True)
     checkpoint.save_params(output, params, dtype=np.float32, name="model")
     values = {
         "made_from": made_from,
@@ -106,6 +107,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     }
     if jax.process_index() == 0:
         tensors.write_json(record, values)
+    sharding.wait_for_all(record.name)
     return output
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from sdprune_jax import sharding
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -36,15 +38,19 @@ def directory_state(directory: pathlib.Path) -> list[list[str | int]]:
 def cached(directory: pathlib.Path, name: str, key: str, compute: Callable[[], Arrays]) -> Arrays:
     """The arrays `name`, read back if they were computed under the same key, else computed.
 
-    Each is a file of its own, opened without being read: only the rows in use take memory.
+    Each is a file of its own, opened without being read: only the rows in use take memory. Every
+    process calls it; the first one decides and writes, in a directory that all can read.
     """
     final = directory / f"{name}-{key}"
-    if not final.exists():
-        partial = directory / f"{name}-{key}.tmp{os.getpid()}"
-        partial.mkdir(parents=True, exist_ok=True)
-        for field, array in compute().items():
-            np.save(partial / f"{field}.npy", array)
-        partial.rename(final)
+    if not sharding.of_first(final.exists):
+        found = compute()  # by all: it may gather
+        if jax.process_index() == 0:
+            partial = directory / f"{name}-{key}.tmp{os.getpid()}"
+            partial.mkdir(parents=True, exist_ok=True)
+            for field, array in found.items():
+                np.save(partial / f"{field}.npy", array)
+            partial.rename(final)
+        sharding.wait_for_all(final.name)
     return {path.stem: np.load(path, mmap_mode="r") for path in sorted(final.glob("*.npy"))}
 
 

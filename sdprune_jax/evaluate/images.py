@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from sdprune_jax import pipeline
+from sdprune_jax import pipeline, sharding
 from sdprune_jax.checkpoint import Model
 
 
@@ -30,7 +30,7 @@ def complete(
     """Renders every prompt, or every one of `index`, whose files are not in `directory` yet.
 
     `000000.png` is written after its latents, `000000.npy`, and each under another name first: a
-    picture that is there is whole.
+    picture that is there is whole. Every process calls it; the first one writes.
 
     Args:
         directory: of these settings and this model alone, or the experts of one.
@@ -44,13 +44,17 @@ def complete(
     Raises:
         FloatingPointError: if an image is not finite.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        directory.mkdir(parents=True, exist_ok=True)
     wanted = range(len(prompts)) if index is None else index
-    missing = [i for i in wanted if not picture_path(directory, i).exists()]
+    there = sharding.of_first(
+        lambda: [picture_path(directory, i).exists() for i in wanted], (len(wanted),)
+    )
+    missing = [i for i, is_there in zip(wanted, there, strict=True) if not is_there]
     num_there = len(wanted) - len(missing)
     if num_there:
         logging.info("%s has %d of these images already", directory, num_there)
-    is_writer = jax.process_index() == 0
     with tqdm(
         desc=directory.name, total=len(wanted), initial=num_there,
         disable=not (is_writer and sys.stderr.isatty()),
@@ -62,6 +66,7 @@ def complete(
                     _write(path.with_suffix(".npy"), lambda file, x=latents: np.save(file, x))
                     _write(path, lambda file, x=image: Image.fromarray(x).save(file, "png"))
             bar.update(len(batch.index))
+    sharding.wait_for_all(f"{directory.name} is complete")
 
 
 def picture_path(directory: pathlib.Path, index: int) -> pathlib.Path:

@@ -17,7 +17,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Float, Num, UInt8
 
-from sdprune_jax import checkpoint, config, pipeline, tensors
+from sdprune_jax import checkpoint, config, pipeline, sharding, tensors
 from sdprune_jax.aptp import routed
 from sdprune_jax.data import cache
 from sdprune_jax.data.images import RESIZE
@@ -56,7 +56,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         dataclasses.asdict(section), dataclasses.asdict(protocol), run.seed, run.dtype, states,
         asked.state, asked.prompts, *([perceptual.weights] if perceptual else []),
     )  # fmt: skip
-    if record.exists() and tensors.read_json(record)["made_from"] == made_from:
+    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
         logging.info("%s is complete: made from the same config and models", record)
         return record
 
@@ -89,6 +89,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     }
     if jax.process_index() == 0:
         tensors.write_json(record, values)
+    sharding.wait_for_all(record.name)
     return record
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Num
 from tqdm import tqdm
@@ -79,7 +78,7 @@ def cached(
 ) -> Float[np.ndarray, "n d"]:
     """Features read back from `directory` if they are there, else computed and kept.
 
-    Every process calls it; the first one decides and writes, in a directory that all can read.
+    Every process calls it.
 
     Args:
         directory: of the cache.
@@ -89,21 +88,14 @@ def cached(
         compute: all of the features, as by `extract`.
     """
     key = cache.fingerprint(weights, json.dumps(protocol, sort_keys=True), images, CHUNK)
-    is_there = (directory / f"features-{key}").exists()
-    if not bool(multihost_utils.broadcast_one_to_all(np.array(is_there))):
-        found = {"features": compute()}  # by all: it gathers
-        if jax.process_index() == 0:
-            cache.cached(directory, "features", key, lambda: found)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"features-{key}")
-    return cache.cached(directory, "features", key, dict)["features"]
+    return cache.cached(directory, "features", key, lambda: {"features": compute()})["features"]
 
 
 def _stream(
     embed: Embed, params: Params, load: Load, num_images: int, mesh: Mesh, num_threads: int
 ) -> Iterator[Float[np.ndarray, "b d"]]:
-    program, batch = _program(embed, mesh), CHUNK * mesh.size
-    params = jax.device_put(params, sharding.replicated(mesh))
+    compiled, batch = program(embed, mesh), CHUNK * mesh.size
+    params = sharding.place(params, sharding.replicated(mesh))
     placed = sharding.batch_sharding(mesh)
     devices = placed.addressable_devices_indices_map((batch,))
     starts = {device: rows[0].indices(batch)[0] for device, rows in devices.items() if rows}
@@ -135,7 +127,7 @@ def _stream(
             images = _place(chunks, placed, batch)
             if (following := next(firsts, None)) is not None:
                 loading.append((following, submit(following)))
-            computed = program(params, images)  # returns at once
+            computed = compiled(params, images)  # returns at once
             if running is not None:
                 yield fetch(*running)
             running = first, computed
@@ -144,7 +136,7 @@ def _stream(
 
 
 @functools.lru_cache(maxsize=8)
-def _program(embed: Embed, mesh: Mesh) -> Callable[[Params, Array], Array]:
+def program(embed: Embed, mesh: Mesh) -> Callable[[Params, Array], Array]:
     """One chunk on every device. Nothing moves between devices, so one device's program is all."""
 
     def of_chunk(params: Params, images: Num[Array, "b ..."]) -> Float[Array, "b d"]:

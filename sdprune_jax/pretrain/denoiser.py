@@ -53,35 +53,9 @@ def train_unet(
         mesh: of `sharding.make_mesh`.
         directory: of this training alone.
     """
-    apply: Any = unet.UNet(unet_config, remat=section.remat).apply
-    alphas = diffusion.alphas_cumprod(SCHEDULE).astype(np.float32)
     num_images, batch_size = len(latents["train"]["mean"]), section.training.batch_size
     frozen = {"null": jnp.asarray(states["train"]["null"], jnp.float32)}
-
-    def loss_fn(params, frozen, batch, key):
-        keys = jax.random.split(key, 4)
-        mean = batch["mean"]
-        spread = jnp.exp(batch["log_variance"] / 2) * jax.random.normal(keys[0], mean.shape)
-        x0 = (mean + spread) * scaling_factor
-        noise = jax.random.normal(keys[1], x0.shape)
-        # One timestep in each of `batch_size` equally likely ranges: less variance than of drawn.
-        place = (jnp.arange(batch_size) + jax.random.uniform(keys[2])) / batch_size
-        skewed = place ** (1 / (1 + section.timestep_skew))
-        timestep = (skewed * len(alphas)).astype(jnp.int32)
-        timestep = jnp.minimum(timestep, len(alphas) - 1)  # where the sum rounded up
-        drop = jax.random.bernoulli(keys[3], section.caption_dropout, x0.shape[:1])
-        text = batch["text"].astype(jnp.float32)
-        text = jnp.where(drop[:, None, None], frozen["null"], text)
-        alpha = jnp.asarray(alphas)[timestep]
-        noisy = diffusion.add_noise(x0, noise, alpha)
-        target = diffusion.training_target(x0, noise, alpha, SCHEDULE.prediction_type)
-        error = (apply({"params": params}, noisy, timestep, text) - target) ** 2
-        weight = jnp.ones_like(alpha)
-        if section.min_snr_gamma:
-            snr = alpha / (1 - alpha)
-            weight = diffusion.min_snr_weight(snr, section.min_snr_gamma, SCHEDULE.prediction_type)
-        loss = jnp.mean(weight * error.mean(axis=(1, 2, 3)))
-        return loss, {"loss": loss, "mse": error.mean()}
+    loss_fn = make_loss(section, unet_config, scaling_factor)
 
     def rows_at(split, rows, variant):
         here, text = latents[split], states[split]["states"]
@@ -114,6 +88,42 @@ def train_unet(
     return train.fit_section(
         section.training, loss_fn, params, batch_at, frozen, evaluate, seed, mesh, directory
     )
+
+
+def make_loss(
+    section: config.PretrainUNet, unet_config: unet.UNetConfig, scaling_factor: float
+) -> train.LossFn:
+    """The loss of the UNet's parameters; `frozen` has the states of no text, `null`."""
+    apply: Any = unet.UNet(unet_config, remat=section.remat).apply
+    alphas = diffusion.alphas_cumprod(SCHEDULE).astype(np.float32)
+    batch_size = section.training.batch_size
+
+    def loss_fn(params, frozen, batch, key):
+        keys = jax.random.split(key, 4)
+        mean = batch["mean"]
+        spread = jnp.exp(batch["log_variance"] / 2) * jax.random.normal(keys[0], mean.shape)
+        x0 = (mean + spread) * scaling_factor
+        noise = jax.random.normal(keys[1], x0.shape)
+        # One timestep in each of `batch_size` equally likely ranges: less variance than of drawn.
+        place = (jnp.arange(batch_size) + jax.random.uniform(keys[2])) / batch_size
+        skewed = place ** (1 / (1 + section.timestep_skew))
+        timestep = (skewed * len(alphas)).astype(jnp.int32)
+        timestep = jnp.minimum(timestep, len(alphas) - 1)  # where the sum rounded up
+        drop = jax.random.bernoulli(keys[3], section.caption_dropout, x0.shape[:1])
+        text = batch["text"].astype(jnp.float32)
+        text = jnp.where(drop[:, None, None], frozen["null"], text)
+        alpha = jnp.asarray(alphas)[timestep]
+        noisy = diffusion.add_noise(x0, noise, alpha)
+        target = diffusion.training_target(x0, noise, alpha, SCHEDULE.prediction_type)
+        error = (apply({"params": params}, noisy, timestep, text) - target) ** 2
+        weight = jnp.ones_like(alpha)
+        if section.min_snr_gamma:
+            snr = alpha / (1 - alpha)
+            weight = diffusion.min_snr_weight(snr, section.min_snr_gamma, SCHEDULE.prediction_type)
+        loss = jnp.mean(weight * error.mean(axis=(1, 2, 3)))
+        return loss, {"loss": loss, "mse": error.mean()}
+
+    return loss_fn
 
 
 def encode_captions(

@@ -5,16 +5,24 @@ tower and the autoencoder's latents.
 """
 
 import dataclasses
+import json
+import os
 import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import jax
 import numpy as np
 import transformers
 from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import checkpoint, config, tensors
+from sdprune_jax import checkpoint, config, sharding, tensors
 from sdprune_jax.data import cache, captions, emoji, tokenizer
 from sdprune_jax.pretrain import autoencoder, contrastive, denoiser
+
+# What may change while a training goes on: its end, what it tells, and how it uses memory.
+_MAY_CHANGE = ("num_steps", "cycles", "log_every", "save_every", "num_evals", "remat")
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -22,14 +30,20 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
     Returns:
         The diffusers directory `workdir/model`, with the whole CLIP in `workdir/model/clip`.
+
+    Raises:
+        ValueError: if the batches do not divide among the devices, or the run was begun with
+            other settings.
     """
     section, work = run.pretrain, pathlib.Path(run.workdir) / "pretrain"
     assert section is not None
     directory, record = pathlib.Path(run.workdir) / "model", work / "done.json"
     made_from = cache.fingerprint(dataclasses.asdict(section), run.seed)
-    if record.exists() and tensors.read_json(record)["made_from"] == made_from:
+    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
         logging.info("%s is complete: made from the same config", directory)
         return directory
+    _check_batches(section, mesh)
+    _keep_settings(work / "settings.json", {"seed": run.seed} | dataclasses.asdict(section))
     data = {split: emoji.load(split) for split in emoji.SPLITS}
     if section.num_images:
         data = {
@@ -59,15 +73,62 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     model = checkpoint.Model(text_config, unet_config, vae_config, denoiser.SCHEDULE, work)
     params = {"text_encoder": text_params, "unet": unet_params, "vae": vae_params}
     checkpoint.save(model, params, directory, dtype=np.float16, overwrite=directory.exists())
-    (directory / "clip").mkdir()
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        (directory / "clip").mkdir()
     checkpoint.save_params(directory / "clip", clip_params, dtype=np.float16, name="model")
-    tensors.write_json(directory / "clip" / "config.json", clip_config.to_json())
-    tensors.write_json(record, {"made_from": made_from})
+    if is_writer:
+        tensors.write_json(directory / "clip" / "config.json", clip_config.to_json())
+        tensors.write_json(record, {"made_from": made_from})
+    sharding.wait_for_all(record.name)
     return directory
 
 
+def _check_batches(section: config.Pretrain, mesh: Mesh) -> None:
+    parts = {"clip": section.clip, "vae": section.vae, "unet": section.unet}
+    problems = [
+        f"config.pretrain.{name}.training.batch_size is {part.training.batch_size}, expected a"
+        f" multiple of the {mesh.size} devices"
+        for name, part in parts.items()
+        if part.training.batch_size % mesh.size
+    ]
+    if problems:
+        raise ValueError("cannot pretrain:\n  " + "\n  ".join(problems))
+
+
+def _keep_settings(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Writes what the trainings are begun with; those that go on are held to it."""
+    now = dict(_flat(json.loads(json.dumps(settings))))
+    before = tensors.read_json(file) if file.exists() else {}
+    sharding.wait_for_all(file.name)  # it is read
+    problems = [
+        f"{key} was {before[key]}, is {now[key]}"
+        for key in sorted(before.keys() & now.keys())
+        if before[key] != now[key] and key.rpartition(".")[2] not in _MAY_CHANGE
+    ]
+    if problems:
+        raise ValueError(
+            f"{file.parent} was begun with other settings:\n  {tensors.listing(problems)}\n  put"
+            " them back, choose another workdir, or, to train on from what is there with the new"
+            f" ones, delete {file}"
+        )
+    if jax.process_index() == 0 and before != now:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".json.tmp")
+        tensors.write_json(partial, now)
+        os.replace(partial, file)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def _tokenizer(section: config.PretrainCLIP, directory: pathlib.Path) -> transformers.CLIPTokenizer:
-    if not (directory / "vocab.json").exists():
+    if jax.process_index() == 0 and not (directory / "vocab.json").exists():
         rng = np.random.default_rng(0)
         drawn = [pair for pair, split in emoji.split_of().items() if split == "train"]
         texts = [
@@ -76,4 +137,5 @@ def _tokenizer(section: config.PretrainCLIP, directory: pathlib.Path) -> transfo
             for _ in range(3)
         ]
         tokenizer.train(texts, directory, section.vocab_size, section.max_length)
+    sharding.wait_for_all(directory.name)
     return tokenizer.load(directory)

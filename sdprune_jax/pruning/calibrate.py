@@ -254,7 +254,7 @@ def _batches(
 
 
 def _split(mesh: Mesh, *arrays: Any) -> Any:
-    return jax.device_put(arrays, sharding.batch_sharding(mesh))
+    return sharding.place(arrays, sharding.batch_sharding(mesh))
 
 
 def _refuse_batch(num_prompts: int, batch_size: int, mesh: Mesh) -> None:

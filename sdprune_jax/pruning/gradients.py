@@ -86,7 +86,7 @@ def sums(
     alphas = diffusion.alphas_cumprod(model.schedule).astype(np.float32)
     setup = _Setup(model.unet, model.schedule.prediction_type, mesh)
     shardings = sharding.fsdp_shardings(checkpoint.param_shapes(model, "unet"), mesh)
-    params = jax.device_put(params, shardings)
+    params = sharding.place(params, shardings)
     total, losses = _zeros(setup, params), []
     for step in range(section.num_timesteps):
         timestep = step * len(alphas) // section.num_timesteps
@@ -96,7 +96,7 @@ def sums(
             weight[: len(set(rows.tolist()))] = 1 / len(latents)
             noise = pipeline.image_noise(jax.random.key(seed), jnp.asarray(rows), latents.shape[1:])
             batch = (latents[rows], noise, text[rows].astype(np.float32), weight)
-            batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+            batch = sharding.place(batch, sharding.batch_sharding(mesh))
             at = jnp.int32(timestep), jnp.float32(alphas[timestep])
             grads, part = _add(setup, params, grads, *batch, *at)
             loss += float(part)

@@ -55,9 +55,9 @@ def score(
             f"calibration.batch_size is {trajectory.batch_size}, expected a multiple of the"
             f" {mesh.size} devices"
         )
-    sample = _make_sample(model, mesh, names, trajectory)
+    sample, split = _make_sample(model, mesh, names, trajectory), sharding.batch_sharding(mesh)
     shardings = sharding.fsdp_shardings(checkpoint.param_shapes(model, "unet"), mesh)
-    params = jax.device_put(params, shardings)
+    params = sharding.place(params, shardings)
     size = trajectory.latent_size or (model.unet.sample_size,) * 2
     shape, key = (*size, model.unet.in_channels), jax.random.key(seed)
 
@@ -65,7 +65,8 @@ def score(
         found = []
         for rows in cache.in_batches(len(text), trajectory.batch_size):
             noise = pipeline.image_noise(key, jnp.asarray(rows), shape)
-            latents = sharding.to_host(sample(params, noise, text[rows], negative, gates))
+            placed = sharding.place((noise, text[rows]), split)
+            latents = sharding.to_host(sample(params, *placed, negative, gates))
             found.append(latents[: len(set(rows.tolist()))])
         flat = np.concatenate(found).reshape(len(text), -1).astype(np.float64)
         return np.stack([flat.mean(axis=0), flat.std(axis=0)])

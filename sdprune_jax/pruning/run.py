@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Float, Int32
 
-from sdprune_jax import checkpoint, config, convert, sites, tensors
+from sdprune_jax import checkpoint, config, convert, sharding, sites, tensors
 from sdprune_jax.data import cache, captions, tokenizer
 from sdprune_jax.models import clip
 from sdprune_jax.pruning import calibrate, gradients, inputs, masks, methods, record, request
@@ -43,7 +43,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     made_from = cache.fingerprint(
         dataclasses.asdict(run.prune), run.seed, run.variant, cache.directory_state(model.directory)
     )
-    if file.exists() and output.is_dir() and tensors.read_json(file)["made_from"] == made_from:
+    if sharding.of_first(lambda: output.is_dir() and tensors.is_record_of(file, made_from)):
         logging.info("%s is complete: made from the same config and model", output)
         return output
 
@@ -56,7 +56,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     for name, section in sections.items():
         leaves = convert.flatten(shapes[name])
         request.check({path: leaves[path] for path in layers[name]}, section)
-    file.unlink(missing_ok=True)
+    if jax.process_index() == 0:
+        file.unlink(missing_ok=True)
     seconds = dict.fromkeys(("load", "calibrate", "select", "save", "verify"), 0.0)
     pruned, done = {}, {}
     for name, section in sections.items():
@@ -93,20 +94,20 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         values["parameters"] = sizes[name]
         values["of_component"] = values["zeros"] / sizes[name]
         values["of_pipeline"] = values["zeros"] / total
-    tensors.write_json(
-        file,
-        {
-            "made_from": made_from,
-            "model": run.model,
-            "directory": output.name,
-            "save_dtype": run.prune.save_dtype,
-            "seconds": {key: round(value, 3) for key, value in seconds.items() if value},
-            "pipeline_parameters": total,
-            "of_pipeline": sum(values["zeros"] for values in done.values()) / total,
-            "bytes": record.stored_bytes(model, output, pruned, run.variant or None),
-            "components": done,
-        },
-    )
+    values = {
+        "made_from": made_from,
+        "model": run.model,
+        "directory": output.name,
+        "save_dtype": run.prune.save_dtype,
+        "seconds": {key: round(value, 3) for key, value in seconds.items() if value},
+        "pipeline_parameters": total,
+        "of_pipeline": sum(values["zeros"] for values in done.values()) / total,
+        "bytes": record.stored_bytes(model, output, pruned, run.variant or None),
+        "components": done,
+    }
+    if jax.process_index() == 0:
+        tensors.write_json(file, values)
+    sharding.wait_for_all(file.name)
     return output
 
 

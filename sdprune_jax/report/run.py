@@ -70,7 +70,7 @@ def run(run: config.Run) -> pathlib.Path:
         title=text(run.report.title), body="\n".join(parts), versions=text(_versions())
     )
     new = path.with_name("report.html.tmp")
-    new.write_text(page, encoding="utf-8")
+    new.write_text(page, encoding="utf-8", errors="surrogateescape")  # names in an ASCII locale
     os.replace(new, path)
     return path
 

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import checkpoint, config, convert, sites, tensors
+from sdprune_jax import checkpoint, config, convert, sharding, sites, tensors
 from sdprune_jax.data import cache
 from sdprune_jax.evaluate import task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
@@ -66,7 +66,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         "rows": [],
         "cliffs": [],
     }
-    if file.exists() and (old := tensors.read_json(file))["made_from"] == made_from:
+    if sharding.of_first(lambda: tensors.is_record_of(file, made_from)):
+        old = tensors.read_json(file)
         values |= {name: old[name] for name in ("dense", "rows", "cliffs")}
         logging.info("%s has %d rows already", file, len(values["rows"]))
     elif jax.process_index() == 0:
@@ -115,6 +116,7 @@ def _row_of(
     row = {"key": key} | found
     values["rows"].append(row)
     _write(file, values)
+    sharding.wait_for_all(key)  # nobody reads its pictures any more
     if jax.process_index() == 0:
         trial.keep(folder, len(bench().asked.prompts), num_kept)
     return row

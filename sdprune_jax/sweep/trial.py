@@ -208,7 +208,7 @@ def prune(
         flat, layers, section, _parts(bench, component, section, seed, layers, flat), seed
     )
     placed = sharding.fsdp_shardings(shapes, bench.mesh)
-    return jax.device_put(convert.unflatten(flat, shapes), placed), done
+    return sharding.place(convert.unflatten(flat, shapes), placed), done
 
 
 def _parts(

@@ -1,0 +1,99 @@
+"""Configs of APTP that no test runs: what they ask for, and that their cards can be had."""
+
+import json
+import pathlib
+
+import pytest
+
+from sdprune_jax import checks, command_line, config, diffusion, plan
+from sdprune_jax.models import clip, unet, vae
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+ROWS = (
+    "ours", "published", "contrastive", "no-transport", "one", "uniform", "random", "norm",
+    "taylor", "diff-pruning", "bksdm-base",
+)  # fmt: skip
+
+PUBLISHED = (
+    ("router", "mac_counter", "paper"), ("router", "gate_position", "pre_norm"),
+    ("router", "forward_gates", "soft"), ("router", "code_seeds", "random"),
+    ("router", "snr_weight", "published"), ("router", "resource_kind", "log"),
+    ("router", "num_steps", 5000), ("router", "warmup_steps", 500), ("router", "ramp_steps", 100),
+    ("assign", "route_noise", "published"), ("assign", "final_codes", "draw"),
+    ("assign", "balance", "none"), ("assign", "fit_budget", False),
+    ("finetune", "snr_weight", "published"), ("finetune", "caption_dropout", 0.0),
+    ("finetune", "schedule", "constant"), ("finetune", "min_snr_gamma", 5.0),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """The configs of Stable Diffusion 2.1, without weights."""
+    directory = tmp_path_factory.mktemp("sd21")
+    files = {
+        "text_encoder/config.json": clip.TextConfig(),
+        "unet/config.json": unet.UNetConfig(sample_size=96),
+        "vae/config.json": vae.VAEConfig(),
+        "scheduler/scheduler_config.json": diffusion.Schedule(prediction_type="v_prediction"),
+    }
+    for name, values in files.items():
+        (directory / name).parent.mkdir()
+        (directory / name).write_text(json.dumps(values.to_json()))
+    index = {"_class_name": "StableDiffusionPipeline"}
+    (directory / "model_index.json").write_text(json.dumps(index))
+    return str(directory)
+
+
+@pytest.mark.parametrize("name", ["cc3m", "coco"])
+def test_published_configs_are_planned_for_sixteen_devices(name, stable_diffusion):
+    run = command_line.load(f"{CONFIGS}/aptp_{name}.py")
+    checks.check(run)
+    run.model = stable_diffusion
+    card = plan.card(run, 16)
+    assert f"router, assign, materialise, finetune, evaluate, report to runs/aptp_{name}" in card
+    assert f"evaluate: aptp-{name}, {14_000 if name == 'cc3m' else 30_000:,} images" in card
+    router, finetune = run.router, run.finetune
+    assert (router.num_codes, router.macs_budget, router.batch_size) == (8, 0.6, 1024)
+    assert router.learning_rate == pytest.approx(6.4e-3)
+    assert router.contrastive_scale == 1 / 16
+    for section, field, value in PUBLISHED:
+        assert getattr(getattr(run, section), field) == value, field
+    assert router.losses == config.RouterLosses()
+    weights = (finetune.denoising, finetune.output, finetune.block)
+    assert weights == ((0.01, 0.5, 0.5) if name == "cc3m" else (1.0, 0.2, 0.2))
+    training = finetune.training
+    assert (training.num_steps, training.batch_size, training.warmup_steps) == (30_000, 256, 250)
+    assert training.learning_rate == pytest.approx(1.6e-4)
+
+
+@pytest.mark.parametrize("name", ["cc3m", "coco", "study"])
+def test_tiny_ones_need_no_data_but_ours(name):
+    run = command_line.load(f"{CONFIGS}/aptp_{name}.py:tiny")
+    checks.check(run)
+    assert run.model == "embedded"
+    assert run.router.data == config.RouterData(
+        directory=run.router.data.directory, flips=run.router.data.flips, num_images=64,
+        captions_per_image=1,
+    )  # fmt: skip
+    assert run.evaluate.protocol == "embedded"
+    assert "routed" in plan.card(run, 8)
+
+
+def test_rows_of_the_study_differ_in_their_architectures_alone():
+    runs = {row: command_line.load(f"{CONFIGS}/aptp_study.py:{row}") for row in ROWS}
+    for row, run in runs.items():
+        checks.check(run)
+        cut = run.router or run.slice
+        assert cut.macs_budget == 0.65
+        assert bool(run.router) == bool(run.assign) == bool(run.materialise) == (not run.slice)
+        experts = run.router.num_codes if run.router else 1
+        assert experts * run.finetune.training.num_steps == 8000
+        assert run.evaluate == runs["ours"].evaluate
+        assert cut.data == config.RouterData()
+        small = command_line.load(f"{CONFIGS}/aptp_study.py:{row},tiny")
+        assert (small.workdir, bool(small.slice)) == (f"{run.workdir}_tiny", bool(run.slice))
+        if run.slice:
+            assert (run.slice.criterion, run.finetune) == (row, runs["one"].finetune)
+    assert len({run.workdir for run in runs.values()}) == len(ROWS)
+    with pytest.raises(ValueError, match="unknown row 'nor', expected one of ours, published"):
+        command_line.load(f"{CONFIGS}/aptp_study.py:nor")

@@ -1,0 +1,125 @@
+"""tools/compare_runs.py: the table, and which runs it refuses to put into one."""
+
+import json
+import pathlib
+import sys
+
+import aptp_model
+import jax
+import numpy as np
+import pytest
+
+from sdprune_jax import checkpoint, macs, sites
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
+import compare_runs
+
+PROTOCOL = {
+    "name": "embedded", "evaluated": 8, "num_steps": 25, "guidance_scale": 3.0, "seed": 0,
+    "dtype": "float32", "height": 64, "width": 64,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The dense one, and two of other sizes."""
+    directory = tmp_path_factory.mktemp("models")
+    model = aptp_model.make(directory / "dense")
+    dense = jax.tree.map(np.asarray, checkpoint.load(model, "unet"))
+    for name, units in (("half", 2), ("quarter", 1)):
+        keep = {"mid_block.resnets.0": np.arange(4) < units, "up_blocks.0.resnets.1.depth":
+                np.array([units > 1])}  # fmt: skip
+        params, unet_config = sites.slice_params(dense, model.unet, keep)
+        cut = checkpoint.Model(
+            model.text_encoder, unet_config, model.vae, model.schedule, model.directory
+        )
+        checkpoint.save(cut, {"unet": params}, directory / name, dtype=np.float32)
+    return directory
+
+
+def _run(workdir, models, routed, **protocol):
+    value = lambda x: {"latent_mse_to_dense": {"value": x, "low": x - 1, "high": x + 1, "num": 8}}
+    record = {
+        "protocol": PROTOCOL | protocol,
+        "models": {
+            "dense": {"directory": str(models / "dense"),
+                      "figures": {"fd_clip_embedded": {"value": 0.25, "num": 8}}},
+            "routed": routed | {"figures": value(12.5)},
+        },
+    }  # fmt: skip
+    workdir.mkdir(exist_ok=True)
+    (workdir / "evaluate.json").write_text(json.dumps(record))
+    return workdir
+
+
+def _cells(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def _cost(directory):
+    model = checkpoint.open_model(directory)
+    sizes = [x.size for x in jax.tree.leaves(checkpoint.param_shapes(model, "unet"))]
+    tokens = model.text_encoder.max_position_embeddings
+    return sum(macs.of_unet(model.unet, (8, 8), tokens)), sum(sizes)
+
+
+def test_costs_of_experts_are_the_means_over_their_prompts(models, tmp_path, capsys):
+    experts = [{"directory": str(models / "half"), "prompts": 6},
+               {"directory": str(models / "quarter"), "prompts": 2},
+               {"directory": str(models / "nowhere"), "prompts": 0}]  # fmt: skip
+    one = _run(tmp_path / "one", models, {"experts": experts})
+    two = _run(tmp_path / "two", models, {"directory": str(models / "quarter")})
+    output = tmp_path / "table.md"
+    compare_runs.main([str(one), str(two), "--repeats=0", "--output", str(output)])
+    said = capsys.readouterr().out
+    assert output.read_text() == said
+    heads, rule, dense, first, second = _cells(said)
+    assert heads[1:] == ["experts", "GMACs", "of dense", "M parameters", "of dense",
+                         "latent MSE to dense", "FD (CLIP)"]  # fmt: skip
+    assert len(rule) == len(heads)
+    assert dense[:2] + dense[-2:] == ["dense", "1", "", "0.25"]
+    whole, half, quarter = (_cost(models / name) for name in ("dense", "half", "quarter"))
+    assert (dense[3], dense[5]) == ("1.000", "1.000")
+    mean = [0.75 * a + 0.25 * b for a, b in zip(half, quarter, strict=True)]
+    assert first[:2] == ["one", "2"]
+    assert float(first[2]) == pytest.approx(mean[0] / 1e9, rel=1e-3)
+    assert float(first[5]) == pytest.approx(mean[1] / whole[1], abs=6e-4)
+    assert first[6:] == ["12.5 [11.5, 13.5]", ""]
+    assert float(second[3]) == pytest.approx(quarter[0] / whole[0], abs=6e-4)
+    assert quarter[0] < half[0] < whole[0]
+
+
+def test_milliseconds_are_the_fastest_of_turns_weighed_by_prompts(models, tmp_path, monkeypatch):
+    experts = [{"directory": str(models / "half"), "prompts": 1},
+               {"directory": str(models / "quarter"), "prompts": 3}]  # fmt: skip
+    run = _run(tmp_path / "run", models, {"experts": experts})
+    clock, calls = [0.0], []
+    taken = {"dense": [9, 4, 5], "half": [9, 3, 2], "quarter": [9, 1, 1]}
+
+    def call(directory):
+        def work():
+            calls.append(directory.name)
+            clock[0] += taken[directory.name][calls.count(directory.name) - 1] / 1000
+            return 0
+
+        return work
+
+    monkeypatch.setattr(compare_runs, "_call", call)
+    monkeypatch.setattr(compare_runs.time, "perf_counter", lambda: clock[0])
+    found = compare_runs.rows([run])
+    milliseconds = compare_runs._milliseconds(found, 2)
+    assert [milliseconds[models / n] for n in taken] == pytest.approx([4, 2, 1])
+    assert calls[:6] == ["dense", "half", "quarter"] * 2
+    rows = _cells(compare_runs.table(found, milliseconds))
+    assert rows[0][6] == "ms a call"
+    assert (rows[2][6], rows[3][6]) == ("4.00", "1.25")
+
+
+def test_runs_that_do_not_compare_are_refused_with_every_reason(models, tmp_path):
+    routed = {"directory": str(models / "half")}
+    first = _run(tmp_path / "first", models, routed)
+    other = _run(tmp_path / "other", models, routed, evaluated=7)
+    with pytest.raises(SystemExit, match="do not compare") as error:
+        compare_runs.main([str(first), str(tmp_path / "none"), str(other)])
+    assert "none has no evaluate.json" in str(error.value)
+    assert "evaluated 7" in str(error.value)

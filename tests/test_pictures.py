@@ -1,0 +1,90 @@
+"""Pictures and prompts of stored datasets, as the router and the experts read them."""
+
+import pathlib
+
+import aptp_model
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdprune_jax import config
+from sdprune_jax.aptp import data, experts, pictures
+from sdprune_jax.data import cc3m
+
+
+@pytest.fixture(scope="module")
+def section(tmp_path_factory):
+    """Five pictures to train on and two others, of several shapes."""
+    source = tmp_path_factory.mktemp("source")
+    for split, count in (("train", 5), ("validation", 2)):
+        tsv, folder = (source / name for name in cc3m.FILES[split])
+        lines = [f"{split} {i}\thttp://example.com/{i}.jpg\n" for i in range(count)]
+        tsv.write_text("".join(lines))
+        folder.mkdir()
+        for i in range(count):
+            rng = np.random.default_rng([count, i])
+            pixels = rng.integers(0, 256, (70 + 11 * i, 100 - 9 * i, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}_0.png")
+        cc3m.prepare(source, source / "data", split)
+    return config.RouterData(
+        dataset="cc3m", directory=str(source / "data"), image_size=64, captions_per_image=2,
+        flips=True,
+    )  # fmt: skip
+
+
+def test_square_is_a_crop_of_the_resized_picture():
+    image = np.tile(np.arange(0, 240, 4, np.uint8)[None, :, None], (30, 1, 3))
+    seen = set()
+    for seed in range(30):
+        found = pictures.square(image, 30, np.random.default_rng(seed))
+        np.testing.assert_array_equal(found, image[:, found[0, 0, 0] // 4 :][:, :30])
+        seen.add(int(found[0, 0, 0]) // 4)
+    assert min(seen) < 5  # of the places from 0 to 30
+    assert max(seen) > 25
+    small = pictures.square(image, 15, np.random.default_rng(0))
+    assert small.shape == (15, 15, 3)
+    # Two and two columns become one, less what the filter takes from their neighbours.
+    columns = small[7, 1:-1, 0].astype(int)
+    np.testing.assert_array_equal(np.diff(columns), 8)
+
+
+def test_stored_pictures_are_read_by_rows_the_same_every_time(section):
+    pairs = data.pictures(section, "train")
+    assert (len(pairs.images), pairs.images.shape) == (5, (5, 64, 64, 3))
+    found = pairs.images[np.array([4, 0, 4])]
+    assert found.shape == (3, 64, 64, 3)
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(data.pictures(section, "train").images[np.array([0])], found[1:2])
+    texts = data.prompts(section, pairs, "train", 0).texts
+    assert texts == [f"train {i}" for i in range(5) for _ in range(2)]
+    val = data.pictures(section, "val")
+    assert data.prompts(section, val, "val", 0).texts == ["validation 0", "validation 1"]
+    assert pictures.state(val) != pictures.state(pairs)
+    assert experts._labels(data.prompts(section, val, "val", 0)) == {}
+    section = config.RouterData(dataset="cc3m")
+    with pytest.raises(ValueError, match=r"set config\.router\.data\.directory"):
+        data.pictures(section, "train")
+
+
+def test_latents_of_stored_pictures_follow_them_and_their_mirror_images(
+    section, tmp_path, monkeypatch
+):
+    model = aptp_model.make(tmp_path / "model")
+    pairs = data.pictures(section, "train")
+    texts = data.prompts(section, pairs, "train", 0).texts
+    make = lambda cached: data.examples(section, model, pairs, texts, aptp_model.MESH, cached)
+    found = make(tmp_path / "cache")
+    assert (found.mean.shape, found.states.shape[0]) == ((5, 2, 8, 8, 4), 10)
+    for row, flip in ((0, 0), (3, 1)):
+        image = pairs.images[np.array([row])][:, :, :: 1 - 2 * flip]
+        alone = config.RouterData(num_images=1)
+        own = data.examples(
+            alone, model, pictures.emoji.Pairs(image, np.zeros(1, np.int32), np.zeros(1, np.int32)),
+            ["a cat"], aptp_model.MESH, None,
+        )  # fmt: skip
+        np.testing.assert_allclose(found.mean[row, flip], own.mean[0, 0], rtol=0, atol=1e-5)
+    monkeypatch.setattr(data, "_IN_MEMORY", 0)  # as of a large dataset
+    on_disk = make(tmp_path / "other")
+    np.testing.assert_array_equal(on_disk.mean, found.mean)
+    np.testing.assert_array_equal(on_disk.states, found.states)
+    assert not [path for path in pathlib.Path(tmp_path / "other").iterdir() if path.is_file()]

@@ -1,0 +1,116 @@
+"""What one call of a compiled program costs a chip, and many calls in hours and dollars."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+_NUM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+
+_Result = tuple[str, tuple[int, ...]]  # dtype, shape
+
+
+class Chip(NamedTuple):
+    """What one chip has; memory is what the compiler leaves of it, the rest is from the vendor.
+
+    Source: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, for bfloat16, and
+        https://www.nvidia.com/en-us/data-center/a100/. Prices are about what Google's list said in
+        2025, on demand, in the US; `--dollars` is for those of the day.
+    """
+
+    memory: float  # GiB
+    flops: float  # a second
+    bandwidth: float  # of the memory, bytes a second
+    network: float  # between chips of a slice, bytes a second
+    dollars: float  # an hour
+
+
+CHIPS = {
+    "v4": Chip(30.75, 275e12, 1.23e12, 0.300e12, 3.22),
+    "v5e": Chip(15.75, 197e12, 0.82e12, 0.200e12, 1.20),
+    "v5p": Chip(95.74, 459e12, 2.77e12, 0.600e12, 4.20),
+    "v6e": Chip(31.25, 918e12, 1.64e12, 0.448e12, 2.70),
+}
+_A100, _NUM_A100 = Chip(80, 312e12, 2.04e12, 0.300e12, 5.07), 16
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """How many of each kind a compiled program has, and the bytes of their results, by its text."""
+    found: dict[str, tuple[int, int]] = {}
+    for kind, results in each_collective(text):
+        count, total = found.get(kind, (0, 0))
+        found[kind] = (count + 1, total + sum(map(_num_bytes, results)))
+    return found
+
+
+def each_collective(text: str) -> Iterator[tuple[str, list[_Result]]]:
+    """The kind of every collective of a compiled program, and dtype and shape of its results."""
+    for line in text.splitlines():
+        # `-start` begins one that `-done` only waits for.
+        if match := re.search(rf"= (.*?) ({_KINDS})(-start)?\(", line):
+            results = [
+                (kind, tuple(int(n) for n in shape.split(",") if n))
+                for kind, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1])
+            ]
+            # What begins has its operands beside its results.
+            yield match[2], [max(results, key=_num_bytes)] if match[3] else results
+
+
+def _num_bytes(result: _Result) -> int:
+    return _NUM_BYTES.get(result[0], 0) * math.prod(result[1])
+
+
+class Work(NamedTuple):
+    """What one chip does in one call, by the compiler's count, which takes loops once."""
+
+    flops: float
+    moved: float  # bytes to and from its memory
+    sent: dict[str, tuple[int, int]]  # of `collectives`
+
+    def seconds(self, chip: Chip) -> dict[str, float]:
+        """The least time that each takes."""
+        sent = sum(num_bytes for _, num_bytes in self.sent.values())
+        return {
+            "work": self.flops / chip.flops,
+            "memory": self.moved / chip.bandwidth,
+            "network": sent / chip.network,
+        }
+
+
+def work_of(compiled: jax.stages.Compiled) -> Work:
+    cost: Any = compiled.cost_analysis() or {}
+    flops, moved = cost.get("flops", math.nan), cost.get("bytes accessed", math.nan)
+    return Work(flops, moved, collectives(compiled.as_text() or ""))
+
+
+def scaling(
+    work: Work, kind: str, chip: Chip, num_chips: int, num_steps: int, utilization: float
+) -> str:
+    """Hours and dollars of many calls on these chips, and of the same FLOPs on 16 A100s.
+
+    Args:
+        work: of one chip in one call.
+        kind: of `chip`.
+        chip: this one.
+        num_chips: that share a call.
+        num_steps: calls.
+        utilization: the share of the roofline that a real run reaches, in (0, 1].
+    """
+    here = np.nan_to_num(list(work.seconds(chip).values())).max()
+    there = work.flops * num_chips / _NUM_A100 / _A100.flops
+    rows = ((kind, chip, num_chips, here), ("A100", _A100, _NUM_A100, there))
+    lines = [f"{num_steps} steps, all else (data, checkpoints, evaluation, restarts) left out:"]
+    for name, one, count, seconds in rows:
+        hours = num_steps * seconds / 3600
+        dollars = hours * count * one.dollars
+        lines.append(
+            f"{count:4} {name:4}  {hours:.1f} h, ${dollars:,.0f} at the roofline;"
+            f" {hours / utilization:.1f} h, ${dollars / utilization:,.0f} at"
+            f" {utilization:.0%} of it, with ${one.dollars:.2f} a chip and hour"
+        )
+    lines.append("A100: the same FLOPs at its bfloat16 peak, neither memory nor network counted")
+    return "\n".join(lines)

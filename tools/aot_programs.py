@@ -1,0 +1,225 @@
+"""The compiled programs of a run, lowered from shapes alone: no weights, no devices, no data."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from sdprune_jax import checkpoint, config, pipeline, sharding, sites, train
+from sdprune_jax.aptp import codebook, finetune, router, train_router
+from sdprune_jax.aptp.layout import layout_of
+from sdprune_jax.evaluate.protocols import PROTOCOLS
+from sdprune_jax.metrics import features
+from sdprune_jax.models import inception, unet
+from sdprune_jax.pretrain import autoencoder, contrastive, denoiser
+
+_Shape = jax.ShapeDtypeStruct
+_NUM_WORDS = 2048  # of a tokenizer that is not trained yet; no step of the UNet depends on it
+
+
+def lower(run: config.Run, stage: str, mesh: Mesh) -> jax.stages.Lowered:
+    """The program of a stage that takes its time.
+
+    Args:
+        run: as it would be run.
+        stage: one of `STAGES`. A training's is its step: of `pretrain` that of the UNet, and
+            `finetune` has an expert as large as the UNet. `generate` and `evaluate` draw a batch of
+            pictures, and `features` are those of Inception-v3, of a chunk of pictures a device.
+        mesh: of devices that need not be there.
+
+    Raises:
+        ValueError: if the section of the stage is not set, or its batch does not fit the mesh.
+    """
+    section = getattr(run, "evaluate" if stage == "features" else stage)
+    if section is None:
+        raise ValueError(f"--stage={stage}: config.{stage} is not set; use another stage or config")
+    return STAGES[stage](run, section, mesh)
+
+
+def batch_shapes(
+    model: checkpoint.Model, batch_size: int, size: int, stage: str, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `aptp.data.Examples.batch` gives a stage."""
+    text, latent = model.text_encoder, (size, size, model.unet.in_channels)
+    kinds = {
+        "embedding": _Shape((batch_size, text.hidden_size), jnp.float32),
+        "text": _Shape((batch_size, text.max_position_embeddings, text.hidden_size), jnp.float16),
+        "mean": _Shape((batch_size, *latent), jnp.float32),
+        "log_variance": _Shape((batch_size, *latent), jnp.float32),
+    }
+    if stage == "router":
+        kinds["warms_up"] = _Shape((batch_size,), jnp.bool_)
+    return _split(kinds, mesh)
+
+
+def _router(run: config.Run, section: config.Router, mesh: Mesh) -> jax.stages.Lowered:
+    model = checkpoint.open_model(checkpoint.directory_of(run.model))
+    _check("router", section.batch_size, mesh)
+    size, layout = _latent_size(section.data, model), layout_of(sites.table(model.unet))
+    costs = train_router.budget_costs(section, model, (section.latent_size or size,) * 2)
+    loss_fn = train_router.make_loss(section, model, costs, layout, jnp.dtype(run.dtype))
+    width = model.text_encoder.hidden_size
+    params = jax.eval_shape(
+        lambda: jax.tree.map(jnp.asarray, router.init_params(layout, width, section.num_codes, 0))
+    )
+    batch = batch_shapes(model, section.batch_size, size, "router", mesh)
+    optimizer, frozen = (
+        codebook.make_optimizer(section, None),
+        checkpoint.param_shapes(model, "unet"),
+    )
+    return _step(loss_fn, optimizer, params, frozen, batch, section.ema_decay, mesh)
+
+
+def _finetune(run: config.Run, section: config.Finetune, mesh: Mesh) -> jax.stages.Lowered:
+    model, training = checkpoint.open_model(checkpoint.directory_of(run.model)), section.training
+    _check("finetune.training", training.batch_size, mesh)
+    params, text = checkpoint.param_shapes(model, "unet"), model.text_encoder
+    null = _Shape((1, text.max_position_embeddings, text.hidden_size), jnp.float32)
+    source = run.router or run.slice  # of the experts
+    size = _latent_size(source.data if source else config.RouterData(), model)
+    return _step(
+        finetune.make_loss(section, model, model.unet, jnp.dtype(run.dtype)),
+        finetune.make_optimizer(section), params, {"teacher": params, "null": null},
+        batch_shapes(model, training.batch_size, size, "finetune", mesh), training.ema_decay, mesh,
+    )  # fmt: skip
+
+
+def _pretrain(run: config.Run, section: config.Pretrain, mesh: Mesh) -> jax.stages.Lowered:
+    del run
+    training, clip = section.unet.training, contrastive.configure(section.clip, _NUM_WORDS).text
+    _check("pretrain.unet.training", training.batch_size, mesh)
+    vae = autoencoder.configure(section.vae)
+    unet_config = denoiser.configure(section.unet, vae, clip)
+    text = (clip.max_position_embeddings, clip.hidden_size)
+    latent = (training.batch_size, *(unet_config.sample_size,) * 2, unet_config.in_channels)
+    batch = {
+        "mean": _Shape(latent, jnp.float32),
+        "log_variance": _Shape(latent, jnp.float32),
+        "text": _Shape((training.batch_size, *text), jnp.float16),
+    }
+    optimizer = train.adamw(
+        training.learning_rate, training.warmup_steps, training.num_steps, training.weight_decay,
+        training.clip_norm, training.cycles,
+    )  # fmt: skip
+    return _step(
+        denoiser.make_loss(section.unet, unet_config, vae.scaling_factor), optimizer,
+        unet.param_shapes(unet_config), {"null": _Shape((1, *text), jnp.float32)},
+        _split(batch, mesh), training.ema_decay, mesh,
+    )  # fmt: skip
+
+
+def _generate(run: config.Run, section: config.Generate, mesh: Mesh) -> jax.stages.Lowered:
+    size = (section.height, section.width)
+    return _sampler(
+        run, mesh, "generate", section.batch_size, section.sampler, section.num_steps,
+        section.guidance_scale, size,
+    )  # fmt: skip
+
+
+def _evaluate(run: config.Run, section: config.Evaluate, mesh: Mesh) -> jax.stages.Lowered:
+    protocol = PROTOCOLS[section.protocol]
+    return _sampler(
+        run, mesh, "evaluate", section.batch_size, protocol.sampler, protocol.num_steps,
+        protocol.guidance_scale, (protocol.generate_size,) * 2,
+    )  # fmt: skip
+
+
+def _sampler(
+    run: config.Run,
+    mesh: Mesh,
+    stage: str,
+    batch_size: int,
+    sampler: str | None,
+    num_steps: int,
+    guidance_scale: float,
+    size: tuple[int | None, int | None],
+) -> jax.stages.Lowered:
+    """Prompts to pictures of `size` pixels; None is the model's own."""
+    _check(stage, batch_size, mesh)
+    model = checkpoint.open_model(checkpoint.directory_of(run.model))
+    program = pipeline.sample_program(
+        model, mesh, sampler, num_steps, guidance_scale > 1, jnp.dtype(run.dtype)
+    )
+    params = {
+        name: _sharded(checkpoint.param_shapes(model, name), mesh) for name in checkpoint.COMPONENTS
+    }
+    own, length = model.unet.sample_size, model.text_encoder.max_position_embeddings
+    h, w = (pixels // model.vae.downscale if pixels else own for pixels in size)
+    batch = {
+        "ids": _Shape((batch_size, length), jnp.int32),
+        "noise": _Shape((batch_size, h, w, model.vae.latent_channels), jnp.float32),
+    }
+    batch, whole = _split(batch, mesh), sharding.replicated(mesh)
+    negative = _Shape((1, length), jnp.int32, sharding=whole)
+    scale = _Shape((), jnp.float32, sharding=whole)
+    return program.lower(params, batch["ids"], negative, batch["noise"], scale)
+
+
+def _features(run: config.Run, section: config.Evaluate, mesh: Mesh) -> jax.stages.Lowered:
+    del run, section
+
+    def embed(params: Any, images: jax.Array) -> jax.Array:
+        scaled = inception.NORMALISE["pytorch_fid"](images.astype(jnp.float32))
+        return inception.InceptionV3().apply({"params": params}, scaled)  # pyrefly: ignore
+
+    whole = sharding.replicated(mesh)
+    params = jax.tree.map(lambda x: x.update(sharding=whole), inception.param_shapes())
+    images = _Shape((features.CHUNK * mesh.size, 299, 299, 3), jnp.float32)
+    program: Any = features.program(embed, mesh)
+    return program.lower(params, _split({"images": images}, mesh)["images"])
+
+
+def _step(
+    loss_fn: train.LossFn,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    frozen: Any,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    ema_decay: float,
+    mesh: Mesh,
+) -> jax.stages.Lowered:
+    state = jax.eval_shape(functools.partial(train.init_state, optimizer=optimizer), params)
+    places = sharding.fsdp_shardings(state, mesh)
+    step: Any = train.make_train_step(loss_fn, optimizer, mesh, places, ema_decay)
+    key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=sharding.replicated(mesh))
+    return step.lower(_sharded(state, mesh), _sharded(frozen, mesh), batch, key)
+
+
+def _latent_size(data: config.RouterData, model: checkpoint.Model) -> int:
+    pixels = contrastive.IMAGE_SIZE if data.dataset == "embedded" else data.image_size
+    return pixels // model.vae.downscale
+
+
+def _sharded(tree: Any, mesh: Mesh) -> Any:
+    places = sharding.fsdp_shardings(tree, mesh)
+    return jax.tree.map(lambda x, s: x.update(sharding=s), tree, places)
+
+
+def _split(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    split = sharding.batch_sharding(mesh)
+    return {name: x.update(sharding=split) for name, x in shapes.items()}
+
+
+def _check(section: str, batch_size: int, mesh: Mesh) -> None:
+    if batch_size % mesh.size:
+        raise ValueError(
+            f"config.{section}: a batch of {batch_size} is not split over {mesh.size} devices;"
+            f" use a multiple, such as {math.ceil(batch_size / mesh.size) * mesh.size}"
+        )
+
+
+STAGES: Mapping[str, Callable[[config.Run, Any, Mesh], jax.stages.Lowered]] = {
+    "router": _router,
+    "finetune": _finetune,
+    "pretrain": _pretrain,
+    "generate": _generate,
+    "evaluate": _evaluate,
+    "features": _features,
+}

@@ -1,0 +1,178 @@
+"""One table of several evaluated runs, in Markdown: what each costs, and what it draws.
+
+    python tools/compare_runs.py runs/aptp_study/* [--output table.md] [--repeats 0]
+
+Of every model of every run: MACs and parameters, of a set of experts the means over its prompts;
+milliseconds of a call of the UNet, batch 1, timed in turns here and now; and the figures of
+`evaluate.json`, with their intervals. Runs of other protocols, or another number of images, are
+refused: their figures do not compare. The dense model is taken from the first run.
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdprune_jax import checkpoint, macs, tensors
+from sdprune_jax.models import unet
+
+# Key of a figure, and how the table calls it; those that no run has are left out.
+FIGURES = {
+    "latent_mse_to_dense": "latent MSE to dense",
+    "lpips_to_dense": "LPIPS to dense",
+    "ssim_to_dense": "SSIM to dense",
+    "cosine_clip_embedded": "CLIP agreement",
+    "clip_embedded_r_at_1": "found at 1",
+    "fd_clip_embedded": "FD (CLIP)",
+    "fid": "FID",
+    "clip_score": "CLIP score",
+    "cmmd": "CMMD",
+}
+
+
+class Row(NamedTuple):
+    """A model of a run.
+
+    Attributes:
+        name: of the run, and of the model where that says more.
+        directories: of its experts, or one.
+        shares: of prompts, by directory; sums to 1.
+        figures: of `evaluate.json`.
+    """
+
+    name: str
+    directories: list[pathlib.Path]
+    shares: list[float]
+    figures: Mapping[str, Mapping[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=pathlib.Path, nargs="+", help="working directories")
+    parser.add_argument("--output", type=pathlib.Path, help="a file to write the table to, too")
+    parser.add_argument("--repeats", type=int, default=5, help="of the timing; 0 leaves it out")
+    args = parser.parse_args(arguments)
+    try:
+        found = rows(args.runs)
+        text = table(found, _milliseconds(found, args.repeats) if args.repeats else None)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(text)
+    if args.output:
+        args.output.write_text(f"{text}\n")
+
+
+def rows(runs: Sequence[pathlib.Path]) -> list[Row]:
+    """Every model of every run, the dense one once.
+
+    Raises:
+        ValueError: naming the runs that are not evaluated, or by another protocol than the first.
+    """
+    records, problems = {}, []
+    for run in runs:
+        if not (run / "evaluate.json").is_file():
+            problems.append(f"{run} has no evaluate.json: evaluate it, --config.evaluate=build")
+            continue
+        records[run] = tensors.read_json(run / "evaluate.json")
+        how = [_how(records[path]["protocol"]) for path in (next(iter(records)), run)]
+        if how[0] != how[1]:
+            problems.append(f"{run} is evaluated as {how[1]}, and the first run as {how[0]}")
+    if problems:
+        raise ValueError("these runs do not compare:\n  " + "\n  ".join(problems))
+    found = []
+    for run, record in records.items():
+        for name, model in record["models"].items():
+            if name == "dense" and found:
+                continue
+            parts = model.get("experts") or [{"directory": model["directory"], "prompts": 1}]
+            parts = [part for part in parts if part["prompts"]]
+            total = sum(part["prompts"] for part in parts)
+            said = {"dense": "dense", "routed": run.name}.get(name, f"{run.name}, {name}")
+            directories = [pathlib.Path(part["directory"]) for part in parts]
+            shares = [part["prompts"] / total for part in parts]
+            found.append(Row(said, directories, shares, model["figures"]))
+    return found
+
+
+def table(found: Sequence[Row], milliseconds: Mapping[pathlib.Path, float] | None) -> str:
+    """The rows in Markdown; the best figure of a column, dense apart, is not marked: see ends."""
+    names = [name for name in FIGURES if any(name in row.figures for row in found)]
+    costs = {path: _cost(path) for row in found for path in row.directories}
+    whole = costs[found[0].directories[0]]
+    heads = ["", "experts", "GMACs", "of dense", "M parameters", "of dense"]
+    heads += ["ms a call"] if milliseconds else []
+    heads += [FIGURES[name] for name in names]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for row in found:
+        pairs = list(zip(row.directories, row.shares, strict=True))
+        cells = [row.name, str(len(pairs))]
+        for i, unit in ((0, 1e9), (1, 1e6)):
+            mean = sum(share * costs[path][i] for path, share in pairs)
+            cells += [f"{mean / unit:.4g}", f"{mean / whole[i]:.3f}"]
+        if milliseconds:
+            cells.append(f"{sum(share * milliseconds[path] for path, share in pairs):.2f}")
+        lines.append([*cells, *(_figure(row.figures.get(name)) for name in names)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _how(protocol: Mapping[str, Any]) -> str:
+    keys = ("name", "evaluated", "num_steps", "guidance_scale", "seed", "dtype", "height", "width")
+    return ", ".join(f"{key} {protocol[key]}" for key in keys)
+
+
+def _figure(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    ends = f" [{figure['low']:.4g}, {figure['high']:.4g}]" if "low" in figure else ""
+    return f"{figure['value']:.4g}{ends}"
+
+
+@functools.cache
+def _cost(directory: pathlib.Path) -> tuple[int, int]:
+    """MACs of a call of the UNet, and its parameters."""
+    model = checkpoint.open_model(directory)
+    tokens = model.text_encoder.max_position_embeddings
+    size = (model.unet.sample_size,) * 2
+    sizes = jax.tree.map(lambda x: x.size, checkpoint.param_shapes(model, "unet"))
+    return sum(macs.of_unet(model.unet, size, tokens)), sum(jax.tree.leaves(sizes))
+
+
+def _milliseconds(found: Sequence[Row], repeats: int) -> dict[pathlib.Path, float]:
+    """The fastest call of every UNet; they take turns, so other jobs slow all alike."""
+    calls = {path: _call(path) for row in found for path in row.directories}
+    fastest = dict.fromkeys(calls, float("inf"))
+    for turn in range(1 + repeats):
+        for path, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:  # the first one compiles
+                fastest[path] = min(fastest[path], 1000 * (time.perf_counter() - start))
+    return fastest
+
+
+def _call(directory: pathlib.Path) -> Callable[[], Any]:
+    model = checkpoint.open_model(directory)
+    params = jax.tree.map(jnp.asarray, checkpoint.load(model, "unet", dtype=np.float32))
+    size, tokens = model.unet.sample_size, model.text_encoder.max_position_embeddings
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    inputs = (
+        draw(1, size, size, 4),
+        jnp.full(1, 500),
+        draw(1, tokens, model.unet.cross_attention_dim),
+    )
+    apply = jax.jit(unet.UNet(model.unet).apply)
+    return lambda: apply({"params": params}, *inputs)
+
+
+if __name__ == "__main__":
+    main()
