@@ -12,8 +12,9 @@ from sdprune_jax.evaluate.protocols import PROTOCOLS
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
-# Of the stages of aptp_emoji and slice_embedded; test_aptp_configs.py holds them to the rest.
-_RUN_ALIKE = ("aptp_cc3m", "aptp_coco", "aptp_study")
+# Of the stages, and as `:tiny` of the model, of aptp_emoji, slice_embedded, rz_sweep and
+# quickstart; test_aptp_configs.py and test_sweep.py hold them to the rest.
+_RUN_ALIKE = ("aptp_cc3m", "aptp_coco", "aptp_study", "study_embedded", "sd21_magnitude")
 _RUN = [path for path in CONFIGS if path.stem not in _RUN_ALIKE]
 
 
