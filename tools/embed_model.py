@@ -29,7 +29,6 @@ STEPS, SEED, BATCH = 25, 0, 24
 GUIDANCES, NUM_TRIED = (2.0, 3.0, 4.0, 5.0, 7.5), 120  # the best of these on so many of `val`
 _CURVES = {  # of each training, in order
     "clip": ("loss", "val_r_at_1"),
-    "clip/tuning": ("loss", "val_r_at_1"),
     "vae": ("absolute", "test_psnr"),
     "unet": ("mse", "train_mse", "val_mse"),
 }
@@ -43,8 +42,7 @@ def main() -> None:
     target = checkpoint.directory_of("embedded")
     shutil.rmtree(target, ignore_errors=True)  # with `report.png` of the README: make it anew
     shutil.copytree(run / "model", target)
-    names = [name for name in _CURVES if (run / "pretrain" / name / "metrics.jsonl").exists()]
-    logs = {name: _log(run / "pretrain" / name) for name in names}
+    logs = {name: _log(run / "pretrain" / name) for name in _CURVES}
     scorer = embedded.load_scorer(target / "clip", tokenizer.load(target / "tokenizer"))
     draw = _drawer(target)
     tried = {scale: _recall(scorer, draw, "val", NUM_TRIED, scale) for scale in GUIDANCES}
@@ -58,7 +56,7 @@ def main() -> None:
         recalls[split] = found | {f"real_{name}": mean for name, mean in of_real.items()}
     for name, log in logs.items():
         curves = _curves(log, _CURVES[name])
-        (target / f"curves_{name.replace('/', '_')}.svg").write_text(curves)
+        (target / f"curves_{name}.svg").write_text(curves)
     settings = json.loads((run / "config.json").read_text())["pretrain"]
     notes = run / "NOTES.md"
     history = notes.read_text() if notes.exists() else ""
@@ -190,8 +188,7 @@ def _card(
     counts = {name: int(size * 1e6) // 2 for name, size in sizes.items()}
     rows = []
     for name, log in logs.items():
-        part = name.split("/")[0]
-        training = settings[part]["tuning" if part != name else "training"]
+        training = settings[name]["training"]
         # A resumed run counts its seconds anew: add up the pieces.
         seconds = sum(
             before["seconds"]
@@ -200,14 +197,11 @@ def _card(
         )
         samples = training["num_steps"] * training["batch_size"]
         rows.append(
-            f"| {name} | {counts[part]:,} | {training['num_steps']:,} x {training['batch_size']} |"
+            f"| {name} | {counts[name]:,} | {training['num_steps']:,} x {training['batch_size']} |"
             f" {samples / 10178:.0f} | {seconds / 60:.0f} min | {samples / seconds:.0f} |"
         )
-    clip_log = logs.get("clip/tuning", logs["clip"])
-    vae_log, unet_log = logs["vae"], logs["unet"]
-    curves = "\n".join(
-        f"![{name.replace('/', ', ')}](curves_{name.replace('/', '_')}.svg)" for name in logs
-    )
+    clip_log, vae_log, unet_log = logs["clip"], logs["vae"], logs["unet"]
+    curves = "\n".join(f"![{name}](curves_{name}.svg)" for name in logs)
     found = "\n".join(
         f"| {split} | {GRIDS[split]} | {values['r_at_1']:.2f} | {values['r_at_10']:.2f} |"
         f" {values['real_r_at_1']:.2f} | {values['real_r_at_10']:.2f} |"

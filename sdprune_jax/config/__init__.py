@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import functools
 
 from sdprune_jax.config.experts import (
     Assign,
@@ -130,13 +129,11 @@ def resize(run: Run, size: str | None) -> Run:
     run.workdir += "_tiny"
     if run.pretrain:
         run.pretrain.num_images = 64
-        shrunk = functools.partial(
-            dataclasses.replace, num_steps=4, batch_size=16, warmup_steps=1, cycles=1, log_every=2,
-            save_every=2, num_evals=1,
-        )  # fmt: skip
         for part in (run.pretrain.clip, run.pretrain.vae, run.pretrain.unet):
-            part.training = shrunk(part.training)
-        run.pretrain.clip.tuning = run.pretrain.clip.tuning and shrunk(run.pretrain.clip.tuning)
+            part.training = dataclasses.replace(
+                part.training, num_steps=4, batch_size=16, warmup_steps=1, cycles=1, log_every=2,
+                save_every=2, num_evals=1,
+            )  # fmt: skip
         run.pretrain.clip.text_layers, run.pretrain.clip.vision_layers = 2, 1
         run.pretrain.clip.width, run.pretrain.clip.whole_from = 32, 2
         run.pretrain.vae.widths = (8, 8, 16)

@@ -20,7 +20,6 @@ class PretrainCLIP:
     hard_from: int = within(0, 0, 10**9)  # step from which batches are of a few subgroups
     whole_from: int = within(0, 0, 10**9)  # step from which images are read whole, not by half
     training: Training = dataclasses.field(default_factory=Training)
-    tuning: Training | None = None  # then, of all but what the text encoder keeps
 
 
 @dataclasses.dataclass

@@ -60,8 +60,7 @@ def train_clip(
 
     From step `hard_from` on, a batch is of a few subgroups of concepts, which are harder to tell
     apart than random ones. Up to step `whole_from`, the vision tower reads a random half of the
-    patches of each image, in half the time. In `tuning`, what `text_encoder` keeps stays as it is:
-    a UNet that reads it can be trained before, and only the CLIP as a metric gets better.
+    patches of each image, in half the time.
 
     Sources: CLIP, ICML 2021, figure 3 (https://arxiv.org/abs/2103.00020); FLIP, CVPR 2023
     (https://arxiv.org/abs/2212.00794).
@@ -73,7 +72,7 @@ def train_clip(
     subgroup = np.unique(names, return_inverse=True)[1][pairs.concept]
 
     def loss_fn(params, frozen, batch, key):
-        params = merge(params, frozen)
+        del frozen
         shown = varied(pipeline.to_float(batch["images"]), key)
         texts, pictures, scale = apply({"params": params}, batch["ids"], shown, batch.get("kept"))
         logits = jnp.minimum(scale, 100.0) * texts @ pictures.T
@@ -83,10 +82,10 @@ def train_clip(
         loss = -jnp.mean(jnp.diagonal(both)) / 2
         return loss, {"loss": loss, "scale": scale}
 
-    def batch_at(step, size=training.batch_size):
+    def batch_at(step):
         is_hard = step >= section.hard_from
         groups = subgroup if is_hard else None
-        rows = train.rows_of_batch(len(subgroup), size, step, seed, groups)
+        rows = train.rows_of_batch(len(subgroup), training.batch_size, step, seed, groups)
         ids = draw_captions(words, pairs, rows, length, [seed, step])
         concept = pairs.concept[rows] if is_hard else np.arange(len(rows), dtype=np.int32)
         batch = {"images": pairs.images[rows], "ids": ids, "concept": concept}
@@ -102,24 +101,9 @@ def train_clip(
 
     params = train.init_params(clip.clip_param_shapes(clip_config), seed)
     params["logit_scale"] = np.float32(np.log(1 / 0.07))
-    params = train.fit_section(
+    return train.fit_section(
         training, loss_fn, params, batch_at, {}, evaluate, seed, mesh, directory
     )
-    if not (tuning := section.tuning):
-        return params
-    frozen = text_encoder(clip_config, params)[1]["text_model"]
-    rest = {name: x for name, x in params["text_model"].items() if name not in frozen}
-    params = train.fit_section(
-        tuning, loss_fn, params | {"text_model": rest},
-        lambda step: batch_at(training.num_steps + step, tuning.batch_size), frozen,
-        lambda params: evaluate(merge(params, frozen)), seed, mesh, directory / "tuning",
-    )  # fmt: skip
-    return merge(params, frozen)
-
-
-def merge(params: train.Params, frozen: train.Params) -> train.Params:
-    """With the layers of the text tower that do not learn."""
-    return params | {"text_model": params["text_model"] | frozen}
 
 
 def halves(
