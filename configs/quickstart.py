@@ -19,7 +19,7 @@ def get_config(size: str | None = None) -> config.Run:
     run = config.Run(
         workdir="runs/quickstart",
         prune=prune,
-        generate=config.Generate(num_prompts=48, batch_size=16, guidance_scale=4.0),
+        generate=config.Generate(num_prompts=48, batch_size=16, guidance_scale=3.0),
         report=config.Report(title="The embedded model, pruned"),
     )
     return config.resize(run, size)
