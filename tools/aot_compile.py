@@ -8,7 +8,7 @@ router, finetune, pretrain: their training steps; generate, evaluate: their pict
 Nothing runs and no weights are read, only the model's configs. What does not fit in the memory of
 a chip is refused here instead of on the pod. A step of Stable Diffusion 2 takes 3 to 5 minutes and
 8 GB; `--optimized` five times as long, for the same memory and collectives. `--num_steps` says what
-so many calls take and cost, here and on 16 A100s. Needs libtpu:
+so many calls take, here and on 16 A100s. Needs libtpu:
 
     pip install 'jax[tpu]'
 """
@@ -53,7 +53,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--optimized", action="store_true")
     parser.add_argument("--num_steps", type=int, default=0)
     parser.add_argument("--utilization", type=float, default=0.4)  # of the roofline
-    parser.add_argument("--dollars", type=float)  # a chip and hour
     asked, rest = parser.parse_known_args(argv)
     run = command_line.parse(["aot_compile", *rest], flags.FlagValues()).run
     if not asked.optimized:
@@ -66,7 +65,6 @@ def main(argv: Sequence[str]) -> None:
     print(f"compiled in {time.monotonic() - start:.0f} s")
     kind = name.partition(":")[0]
     chip = aot_costs.CHIPS[kind]
-    chip = chip._replace(dollars=chip.dollars if asked.dollars is None else asked.dollars)
     print(report(compiled, chip))
     if asked.num_steps:
         work = aot_costs.work_of(compiled)

@@ -1,4 +1,4 @@
-"""What one call of a compiled program costs a chip, and many calls in hours and dollars."""
+"""What one call of a compiled program costs a chip, and many calls in hours of chips."""
 
 import math
 import re
@@ -18,24 +18,22 @@ class Chip(NamedTuple):
     """What one chip has; memory is what the compiler leaves of it, the rest is from the vendor.
 
     Source: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, for bfloat16, and
-        https://www.nvidia.com/en-us/data-center/a100/. Prices are about what Google's list said in
-        2025, on demand, in the US; `--dollars` is for those of the day.
+        https://www.nvidia.com/en-us/data-center/a100/.
     """
 
     memory: float  # GiB
     flops: float  # a second
     bandwidth: float  # of the memory, bytes a second
     network: float  # between chips of a slice, bytes a second
-    dollars: float  # an hour
 
 
 CHIPS = {
-    "v4": Chip(30.75, 275e12, 1.23e12, 0.300e12, 3.22),
-    "v5e": Chip(15.75, 197e12, 0.82e12, 0.200e12, 1.20),
-    "v5p": Chip(95.74, 459e12, 2.77e12, 0.600e12, 4.20),
-    "v6e": Chip(31.25, 918e12, 1.64e12, 0.448e12, 2.70),
+    "v4": Chip(30.75, 275e12, 1.23e12, 0.300e12),
+    "v5e": Chip(15.75, 197e12, 0.82e12, 0.200e12),
+    "v5p": Chip(95.74, 459e12, 2.77e12, 0.600e12),
+    "v6e": Chip(31.25, 918e12, 1.64e12, 0.448e12),
 }
-_A100, _NUM_A100 = Chip(80, 312e12, 2.04e12, 0.300e12, 5.07), 16
+_A100, _NUM_A100 = Chip(80, 312e12, 2.04e12, 0.300e12), 16
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
@@ -90,7 +88,9 @@ def work_of(compiled: jax.stages.Compiled) -> Work:
 def scaling(
     work: Work, kind: str, chip: Chip, num_chips: int, num_steps: int, utilization: float
 ) -> str:
-    """Hours and dollars of many calls on these chips, and of the same FLOPs on 16 A100s.
+    """Hours of many calls on these chips, and of the same FLOPs on 16 A100s.
+
+    Chip-hours, times the price of the day, are the cost.
 
     Args:
         work: of one chip in one call.
@@ -102,15 +102,14 @@ def scaling(
     """
     here = np.nan_to_num(list(work.seconds(chip).values())).max()
     there = work.flops * num_chips / _NUM_A100 / _A100.flops
-    rows = ((kind, chip, num_chips, here), ("A100", _A100, _NUM_A100, there))
+    rows = ((kind, num_chips, here), ("A100", _NUM_A100, there))
     lines = [f"{num_steps} steps, all else (data, checkpoints, evaluation, restarts) left out:"]
-    for name, one, count, seconds in rows:
+    for name, count, seconds in rows:
         hours = num_steps * seconds / 3600
-        dollars = hours * count * one.dollars
+        real = hours / utilization
         lines.append(
-            f"{count:4} {name:4}  {hours:.1f} h, ${dollars:,.0f} at the roofline;"
-            f" {hours / utilization:.1f} h, ${dollars / utilization:,.0f} at"
-            f" {utilization:.0%} of it, with ${one.dollars:.2f} a chip and hour"
+            f"{count:4} {name:4}  {hours:.1f} h, {hours * count:,.0f} chip-hours at the roofline;"
+            f" {real:.1f} h, {real * count:,.0f} chip-hours at {utilization:.0%} of it"
         )
     lines.append("A100: the same FLOPs at its bfloat16 peak, neither memory nor network counted")
     return "\n".join(lines)
