@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sdprune_jax import checkpoint, config
-from sdprune_jax.aptp import balance, data, experts, layout, train_router
+from sdprune_jax.aptp import balance, data, experts, layout, pictures, train_router
 from sdprune_jax.models import unet
 
 LAYOUT = aptp_model.LAYOUT
@@ -95,8 +95,8 @@ def test_information_is_the_entropy_of_equal_labels_and_none_of_independent_ones
 def test_assignment_depends_on_the_prompt_alone(model, work):
     params, section, _ = train_router.load(work, model, MESH)
     code_gates = jnp.asarray(np.load(work / "assign" / "code_gates.npy"))
-    pairs = data.pictures(section.data, "train")
-    texts = data.prompts(section.data, pairs, "train", 0).texts
+    pairs = pictures.load(section.data, "train")
+    texts = pictures.prompts(section.data, pairs, "train", 0).texts
     embedding = data.embeddings(section.data, model, texts, MESH, None)
     order = np.random.default_rng(0).permutation(len(texts))[:29]
     offsets = np.load(work / "assign" / "offsets.npy")
@@ -185,8 +185,8 @@ def test_expert_computes_what_the_gated_unet_computes(model, work):
 def test_every_prompt_is_that_of_one_expert(model, work):
     section = train_router.load(work, model, MESH)[1].data
     for split in ("train", "val", "test"):
-        pairs = data.pictures(section, split)
-        texts = data.prompts(section, pairs, split, 0).texts
+        pairs = pictures.load(section, split)
+        texts = pictures.prompts(section, pairs, split, 0).texts
         found = [
             text
             for path in sorted((work / "experts").glob("*/prompts.json"))

@@ -49,29 +49,29 @@ def test_square_is_a_crop_of_the_resized_picture():
 
 
 def test_stored_pictures_are_read_by_rows_the_same_every_time(section):
-    pairs = data.pictures(section, "train")
+    pairs = pictures.load(section, "train")
     assert (len(pairs.images), pairs.images.shape) == (5, (5, 64, 64, 3))
     found = pairs.images[np.array([4, 0, 4])]
     assert found.shape == (3, 64, 64, 3)
     np.testing.assert_array_equal(found[0], found[2])
-    np.testing.assert_array_equal(data.pictures(section, "train").images[np.array([0])], found[1:2])
-    texts = data.prompts(section, pairs, "train", 0).texts
+    np.testing.assert_array_equal(pictures.load(section, "train").images[np.array([0])], found[1:2])
+    texts = pictures.prompts(section, pairs, "train", 0).texts
     assert texts == [f"train {i}" for i in range(5) for _ in range(2)]
-    val = data.pictures(section, "val")
-    assert data.prompts(section, val, "val", 0).texts == ["validation 0", "validation 1"]
+    val = pictures.load(section, "val")
+    assert pictures.prompts(section, val, "val", 0).texts == ["validation 0", "validation 1"]
     assert pictures.state(val) != pictures.state(pairs)
-    assert experts._labels(data.prompts(section, val, "val", 0)) == {}
+    assert experts._labels(pictures.prompts(section, val, "val", 0)) == {}
     section = config.RouterData(dataset="cc3m")
     with pytest.raises(ValueError, match=r"set config\.router\.data\.directory"):
-        data.pictures(section, "train")
+        pictures.load(section, "train")
 
 
 def test_latents_of_stored_pictures_follow_them_and_their_mirror_images(
     section, tmp_path, monkeypatch
 ):
     model = aptp_model.make(tmp_path / "model")
-    pairs = data.pictures(section, "train")
-    texts = data.prompts(section, pairs, "train", 0).texts
+    pairs = pictures.load(section, "train")
+    texts = pictures.prompts(section, pairs, "train", 0).texts
     make = lambda cached: data.examples(section, model, pairs, texts, aptp_model.MESH, cached)
     found = make(tmp_path / "cache")
     assert (found.mean.shape, found.states.shape[0]) == ((5, 2, 8, 8, 4), 10)

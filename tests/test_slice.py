@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdprune_jax import checkpoint, checks, config, convert, macs, plan, sites
-from sdprune_jax.aptp import data, expert_files, finetune
+from sdprune_jax.aptp import expert_files, finetune, pictures
 from sdprune_jax.models import unet
 from sdprune_jax.pruning import bksdm, gradients, operators, slicing, structured
 
@@ -50,8 +50,8 @@ def test_one_expert_has_all_prompts_and_keeps_the_budget_within_a_unit(model, tm
     assert 0 <= 0.75 * whole - row["macs"] < _largest_unit(model, 8)
     texts = json.loads((output / "00" / "prompts.json").read_text())
     for split in ("train", "val", "test"):
-        pairs = data.pictures(aptp_model.DATA, split)
-        assert texts[split] == data.prompts(aptp_model.DATA, pairs, split, 1).texts
+        pairs = pictures.load(aptp_model.DATA, split)
+        assert texts[split] == pictures.prompts(aptp_model.DATA, pairs, split, 1).texts
         assert row["prompts"][split] == len(texts[split])
 
     expert = checkpoint.open_model(output / "00")

@@ -14,7 +14,7 @@ from aptp_toy import TOY
 from jax.sharding import Mesh
 
 from sdprune_jax import checkpoint, config, macs, sharding, sites
-from sdprune_jax.aptp import codebook, data, gates, layout, router, train_router
+from sdprune_jax.aptp import codebook, data, gates, layout, pictures, router, train_router
 from sdprune_jax.models import unet
 
 LAYOUT = aptp_model.LAYOUT
@@ -177,8 +177,8 @@ def test_interrupted_training_goes_on_to_the_same_bits(model, tmp_path, monkeypa
 
 def test_data_is_the_prompts_of_every_picture_and_computed_once(model, tmp_path, monkeypatch):
     mesh, section = sharding.make_mesh(), dataclasses.replace(aptp_model.DATA, flips=True)
-    pairs = data.pictures(section, "train")
-    prompts = data.prompts(section, pairs, "train", 0)
+    pairs = pictures.load(section, "train")
+    prompts = pictures.prompts(section, pairs, "train", 0)
     make = functools.partial(data.examples, section, model, pairs, prompts.texts, mesh, tmp_path)
     first = make()
     assert first.embedding.shape == (48, 12)
@@ -193,7 +193,7 @@ def test_data_is_the_prompts_of_every_picture_and_computed_once(model, tmp_path,
         assert any(np.array_equal(batch["mean"][i], mean) for mean in first.mean[image])
     assert prompts.texts[0].startswith(("a ", "an "))
     one = dataclasses.replace(section, captions_per_image=1)
-    assert prompts.texts[::2] == data.prompts(one, pairs, "train", 0).texts
+    assert prompts.texts[::2] == pictures.prompts(one, pairs, "train", 0).texts
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int32, Key, Shaped, UInt8
 
 from sdprune_jax import checkpoint, config, diffusion, pipeline, sharding, tensors, train
-from sdprune_jax.aptp.pictures import Prompts as Prompts
 from sdprune_jax.aptp.pictures import Stored, state
-from sdprune_jax.aptp.pictures import embedded as embedded
-from sdprune_jax.aptp.pictures import pictures as pictures
-from sdprune_jax.aptp.pictures import prompts as prompts
 from sdprune_jax.data import cache, emoji, tokenizer
 from sdprune_jax.models import clip, sentence, vae
 

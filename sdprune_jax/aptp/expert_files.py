@@ -13,7 +13,7 @@ from absl import logging
 from jaxtyping import Int32
 
 from sdprune_jax import checkpoint, config, convert, macs, sharding, sites, tensors
-from sdprune_jax.aptp import data
+from sdprune_jax.aptp import pictures
 from sdprune_jax.data import emoji
 from sdprune_jax.models import unet
 
@@ -112,8 +112,8 @@ def write(
     count = lambda unet_config: macs.by_site(unet_config, size, tokens, purpose.mac_counter).total
     whole, parameters = count(model.unet), _num_parameters(dense)
     texts = {
-        split: data.prompts(
-            purpose.data, data.pictures(purpose.data, split), split, purpose.seed
+        split: pictures.prompts(
+            purpose.data, pictures.load(purpose.data, split), split, purpose.seed
         ).texts
         for split in rows
     }

@@ -14,7 +14,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from sdprune_jax import checkpoint, config, macs, sites, tensors
-from sdprune_jax.aptp import balance, data, expert_files, gates, router, train_router, zero_padding
+from sdprune_jax.aptp import (
+    balance,
+    data,
+    expert_files,
+    gates,
+    pictures,
+    router,
+    train_router,
+    zero_padding,
+)
 from sdprune_jax.aptp.layout import Layout, layout_of, to_architecture
 from sdprune_jax.data import cache, emoji
 
@@ -49,8 +58,8 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
         code_gates = _code_gates(params, layout, section.final_codes, values["seed"])
     similarity, labels = {}, {}
     for split in emoji.SPLITS:
-        pairs = data.pictures(trained.data, split)
-        prompts = data.prompts(trained.data, pairs, split, values["seed"])
+        pairs = pictures.load(trained.data, split)
+        prompts = pictures.prompts(trained.data, pairs, split, values["seed"])
         embedding = data.embeddings(
             trained.data, model, prompts.texts, mesh, work / "router" / "cache",
             values["variant"] or None,
@@ -223,7 +232,7 @@ def materialise(run: config.Run, mesh: Mesh) -> pathlib.Path:
     )
 
 
-def _labels(prompts: data.Prompts) -> dict[str, Int[np.ndarray, " rows"]]:
+def _labels(prompts: pictures.Prompts) -> dict[str, Int[np.ndarray, " rows"]]:
     """What may be said of who draws a prompt: of embedded pictures, drawing style and group."""
     if prompts.concept is None or prompts.style is None:
         return {}

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from sdprune_jax import checkpoint, config, sharding, tensors, train
-from sdprune_jax.aptp import data, expert_files, losses
+from sdprune_jax.aptp import data, expert_files, losses, pictures
 from sdprune_jax.data import cache
 from sdprune_jax.models import unet
 
@@ -62,8 +62,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     rows = {split: experts.rows[split] for split in ("train", "val")}
     examples = {}
     for split in rows:
-        pairs = data.pictures(experts.data, split)
-        texts = data.prompts(experts.data, pairs, split, experts.seed).texts
+        pairs = pictures.load(experts.data, split)
+        texts = pictures.prompts(experts.data, pairs, split, experts.seed).texts
         examples[split] = data.examples(
             experts.data, model, pairs, texts, mesh, experts.cache, run.variant or None
         )

@@ -80,7 +80,7 @@ def embedded(split: str) -> emoji.Pairs:
     return emoji.load(split)
 
 
-def pictures(section: config.RouterData, split: str) -> emoji.Pairs | Stored:
+def load(section: config.RouterData, split: str) -> emoji.Pairs | Stored:
     """The pictures of a split, or the first of them.
 
     Raises:

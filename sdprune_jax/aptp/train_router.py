@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sdprune_jax import checkpoint, config, macs, sharding, sites, tensors, train
-from sdprune_jax.aptp import codebook, data, losses, router
+from sdprune_jax.aptp import codebook, data, losses, pictures, router
 from sdprune_jax.aptp.gates import MEDIAN_NOISE, forward_gates, hard, soft_gates
 from sdprune_jax.aptp.layout import Layout, layout_of, to_gates
 from sdprune_jax.data import cache
@@ -48,8 +48,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     layout, variant = layout_of(sites.table(model.unet)), run.variant or None
     examples, texts = {}, {}
     for split in ("train", "val"):
-        pairs = data.pictures(section.data, split)
-        texts[split] = data.prompts(section.data, pairs, split, run.seed).texts
+        pairs = pictures.load(section.data, split)
+        texts[split] = pictures.prompts(section.data, pairs, split, run.seed).texts
         examples[split] = data.examples(
             section.data, model, pairs, texts[split], mesh, output / "cache", variant
         )

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sdprune_jax import checkpoint, config, diffusion, pipeline, sharding
-from sdprune_jax.aptp import data
+from sdprune_jax.aptp import data, pictures
 from sdprune_jax.data import cache, emoji
 from sdprune_jax.models import unet
 
@@ -42,11 +42,11 @@ def of_pictures(
     Raises:
         ValueError: as `sums`.
     """
-    pairs = data.embedded("train")
+    pairs = pictures.embedded("train")
     rows = np.random.default_rng(seed).permutation(len(pairs.images))[: section.num_images]
     pairs = emoji.Pairs(*(x[rows] for x in pairs))
     of_each = config.RouterData(captions_per_image=1)
-    texts = data.prompts(of_each, pairs, "train", seed).texts
+    texts = pictures.prompts(of_each, pairs, "train", seed).texts
     found = data.examples(of_each, model, pairs, texts, mesh, None, variant)
     latents = found.mean[:, 0] * np.float32(model.vae.scaling_factor)
     return sums(model, params, mesh, latents, found.states, section, seed)

@@ -17,7 +17,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from sdprune_jax import checkpoint, config, convert, macs, sites
-from sdprune_jax.aptp import data, expert_files
+from sdprune_jax.aptp import expert_files, pictures
 from sdprune_jax.data import cache, emoji
 from sdprune_jax.models import unet
 from sdprune_jax.pruning import bksdm, gradients, obs, operators, structured, units
@@ -74,7 +74,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     if expert_files.is_written(work, made_from):
         return work / "experts"
 
-    train = data.pictures(section.data, "train")
+    train = pictures.load(section.data, "train")
     size = section.latent_size or train.images.shape[1] // model.vae.downscale
     dense = checkpoint.load(model, "unet", dtype=np.float32, variant=run.variant or None)
     dense = jax.tree.map(np.asarray, dense)
@@ -86,8 +86,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     )
     rows = {}
     for split in emoji.SPLITS:
-        pairs = data.pictures(section.data, split)
-        texts = data.prompts(section.data, pairs, split, run.seed).texts
+        pairs = pictures.load(section.data, split)
+        texts = pictures.prompts(section.data, pairs, split, run.seed).texts
         rows[split] = np.zeros(len(texts), np.int32)
     record = {
         "made_from": made_from,
