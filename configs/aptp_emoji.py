@@ -20,12 +20,13 @@ def get_config(size: str | None = None) -> config.Run:
     )  # fmt: skip
     run = config.Run(
         workdir="runs/aptp_emoji",
+        mesh=config.Mesh(cpu_devices=2),
         router=config.Router(num_codes=8, macs_budget=0.8),
         assign=config.Assign(),
         materialise=config.Materialise(save_dtype="float16"),
         finetune=config.Finetune(training=training, save_dtype="float16"),
         generate=config.Generate(num_prompts=48, batch_size=16, guidance_scale=3.0),
-        evaluate=config.Evaluate(batch_size=32),
+        evaluate=config.Evaluate(batch_size=16),
         report=config.Report(title="Eight experts of the embedded model"),
     )
     return config.resize(run, size)

@@ -32,8 +32,9 @@ def get_config(size: str | None = None) -> config.Run:
         row, small = "ours", "tiny"
     run = config.Run(
         workdir=f"runs/aptp_study/{row}",
+        mesh=config.Mesh(cpu_devices=2),
         finetune=_finetune(_STEPS),
-        evaluate=config.Evaluate(batch_size=32),
+        evaluate=config.Evaluate(batch_size=16),
     )
     if row in _RULES:
         run.slice = config.Slice(criterion=row, macs_budget=_BUDGET)

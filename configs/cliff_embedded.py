@@ -19,9 +19,13 @@ def get_config(size: str | None = None) -> config.Run:
             + [config.SweepPoint(unet=part) for part in parts]
         ),
         cliff=config.Cliff(),
-        measure=config.Evaluate(num_images=64, batch_size=32, num_resamples=0),
+        measure=config.Evaluate(num_images=64, batch_size=16, num_resamples=0),
     )
     report = config.Report(title="Where magnitude pruning breaks the embedded model")
-    return config.resize(
-        config.Run(workdir="runs/cliff_embedded", sweep=sweep, report=report), size
+    run = config.Run(
+        workdir="runs/cliff_embedded",
+        mesh=config.Mesh(cpu_devices=2),
+        sweep=sweep,
+        report=report,
     )
+    return config.resize(run, size)

@@ -18,6 +18,7 @@ def get_config(size: str | None = None) -> config.Run:
     )
     run = config.Run(
         workdir="runs/quickstart",
+        mesh=config.Mesh(cpu_devices=2),
         prune=prune,
         generate=config.Generate(num_prompts=48, batch_size=16, guidance_scale=3.0),
         report=config.Report(title="The embedded model, pruned"),

@@ -6,7 +6,7 @@ noise, agreement with the prompt, and FD of the embedded CLIP's features: each a
 range over the seeds, in tables and drawings. Expected of the literature: a flat stretch, a knee and
 a cliff; the second-order methods nearest to dense from 50 % on.
 
-86 models a seed, 64 pictures of 10 steps each: about an hour on 2 cores.
+86 models a seed, 128 pictures of 10 steps each: about an hour on 2 cores.
 
 python -m sdprune_jax.main --config=configs/study_embedded.py[:tiny]
 """
@@ -37,12 +37,16 @@ def get_config(size: str | None = None) -> config.Run:
         num_steps=10,
         num_kept=3,
         calibration=config.Calibration(num_prompts=64, batch_size=16, num_steps=10),
-        measure=config.Evaluate(num_images=64, batch_size=32, num_resamples=0),
+        measure=config.Evaluate(num_images=128, batch_size=16, num_resamples=0),
     )
     report = config.Report(title="Pruning the embedded model: six methods, three seeds")
-    return config.resize(
-        config.Run(workdir="runs/study_embedded", sweep=sweep, report=report), size
+    run = config.Run(
+        workdir="runs/study_embedded",
+        mesh=config.Mesh(cpu_devices=2),
+        sweep=sweep,
+        report=report,
     )
+    return config.resize(run, size)
 
 
 def _parts(scope: str) -> list[config.PruneComponent]:
