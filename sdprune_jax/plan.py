@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -55,6 +55,8 @@ def card(run: config.Run, num_devices: int) -> str:
         parts.append(f"slice: {what}, to {'a fixed list of blocks' if fixed else share}")
     if run.pretrain:
         parts.append(_aligned(_trainings(run.pretrain, shapes, mesh)))
+    if run.router or run.finetune:
+        parts.append("\n".join(_experts(run, model, shapes["unet"], mesh)))
     others = {"pruned": run.prune, "routed": run.materialise or run.slice}
     models = " and ".join(["dense", *(name for name, is_made in others.items() if is_made)])
     if run.generate:
@@ -185,6 +187,36 @@ def _trainings(section: config.Pretrain, shapes: dict[str, Any], mesh: Mesh) -> 
         counts = (_count(tree), training.num_steps, training.batch_size)
         rows.append((name, *(f"{n:,}" for n in counts), _size(_bytes_a_device(state, mesh))))
     return rows
+
+
+def _experts(run: config.Run, model: checkpoint.Model, shapes: Any, mesh: Mesh) -> Iterator[str]:
+    """A step is one pass of the teacher and, backward counted twice, three of the student."""
+    from sdprune_jax.aptp import finetune, pictures
+
+    made_by = run.router or run.slice
+    data = made_by.data if made_by else config.RouterData()
+    latent = (pictures.size(data) // model.vae.downscale,) * 2
+    unet = sum(macs.of_unet(model.unet, latent, model.text_encoder.max_position_embeddings))
+    frozen = _size(_bytes_a_device(shapes, mesh))
+    share, count = (made_by.macs_budget if made_by else 1.0), 1
+    if section := run.router:
+        count = section.num_codes
+        work = section.batch_size * unet * (4 + section.remat)
+        yield (
+            f"router: {count} codes at {share:.1%} of the UNet's MACs; {section.num_steps:,} steps"
+            f" of {section.batch_size:,} prompts, {work / 1e12:,.3g} TMACs each; {frozen} of frozen"
+            " UNet a device"
+        )
+    if section := run.finetune:
+        training = section.training
+        work = training.batch_size * unet * (1 + (3 + section.remat) * share)
+        optimizer = finetune.make_optimizer(section)
+        state = jax.eval_shape(lambda params: train.init_state(params, optimizer), shapes)
+        yield (
+            f"finetune: experts {count}, each {training.num_steps:,} steps of"
+            f" {training.batch_size:,} prompts, about {work / 1e12:,.3g} TMACs each; a device"
+            f" holds {frozen} of teacher and at most {_size(_bytes_a_device(state, mesh))} of state"
+        )
 
 
 def _to_pretrain(run: config.Run, section: config.Pretrain) -> checkpoint.Model:

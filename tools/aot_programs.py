@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from sdprune_jax import checkpoint, config, pipeline, sharding, sites, train
-from sdprune_jax.aptp import codebook, finetune, router, train_router
+from sdprune_jax.aptp import codebook, finetune, pictures, router, train_router
 from sdprune_jax.aptp.layout import layout_of
 from sdprune_jax.evaluate.protocols import PROTOCOLS
 from sdprune_jax.metrics import features
@@ -191,8 +191,7 @@ def _step(
 
 
 def _latent_size(data: config.RouterData, model: checkpoint.Model) -> int:
-    pixels = contrastive.IMAGE_SIZE if data.dataset == "embedded" else data.image_size
-    return pixels // model.vae.downscale
+    return pictures.size(data) // model.vae.downscale
 
 
 def _sharded(tree: Any, mesh: Mesh) -> Any:

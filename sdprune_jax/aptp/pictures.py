@@ -80,6 +80,11 @@ def embedded(split: str) -> emoji.Pairs:
     return emoji.load(split)
 
 
+def size(section: config.RouterData) -> int:
+    """Pixels of a side."""
+    return emoji.SIZE if section.dataset == "embedded" else section.image_size
+
+
 def load(section: config.RouterData, split: str) -> emoji.Pairs | Stored:
     """The pictures of a split, or the first of them.
 

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
+SIZE = 64  # pixels, of a side
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # fraction of the concepts for test, and of the remaining pictures for val
 CACHE = pathlib.Path.home() / ".cache" / "sdprune_jax" / "tfds"

@@ -15,13 +15,12 @@ from sdprune_jax import config, pipeline, train
 from sdprune_jax.data import cache, emoji
 from sdprune_jax.metrics import paired
 from sdprune_jax.models import vae
-from sdprune_jax.pretrain.contrastive import IMAGE_SIZE
 
 
 def configure(section: config.PretrainVAE) -> vae.VAEConfig:
     """The architecture; its scaling factor is known after the training."""
     return vae.VAEConfig(
-        sample_size=IMAGE_SIZE,
+        sample_size=emoji.SIZE,
         block_out_channels=tuple(section.widths),
         layers_per_block=section.layers_per_block,
         norm_num_groups=section.norm_num_groups,

@@ -17,8 +17,6 @@ from sdprune_jax.data import captions, emoji, tokenizer
 from sdprune_jax.metrics import embedded
 from sdprune_jax.models import clip
 
-IMAGE_SIZE = 64  # pixels
-
 
 def configure(section: config.PretrainCLIP, vocab_size: int) -> clip.CLIPConfig:
     """Two towers of one width, with SD2's exact GELU; ids as `tokenizer.train` lays them out."""
@@ -41,7 +39,7 @@ def configure(section: config.PretrainCLIP, vocab_size: int) -> clip.CLIPConfig:
     vision = clip.VisionConfig(
         **shared,
         num_hidden_layers=section.vision_layers,
-        image_size=IMAGE_SIZE,
+        image_size=emoji.SIZE,
         patch_size=section.patch_size,
     )
     return clip.CLIPConfig(text, vision, section.width)
