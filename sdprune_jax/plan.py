@@ -190,7 +190,10 @@ def _trainings(section: config.Pretrain, shapes: dict[str, Any], mesh: Mesh) -> 
 
 
 def _experts(run: config.Run, model: checkpoint.Model, shapes: Any, mesh: Mesh) -> Iterator[str]:
-    """A step is one pass of the teacher and, backward counted twice, three of the student."""
+    """A step is a pass of the teacher, and of the student one forward and one or two back.
+
+    The router's weights are none of the student's, whose own have no gradient: one back.
+    """
     from sdprune_jax.aptp import finetune, pictures
 
     made_by = run.router or run.slice
@@ -201,7 +204,7 @@ def _experts(run: config.Run, model: checkpoint.Model, shapes: Any, mesh: Mesh) 
     share, count = (made_by.macs_budget if made_by else 1.0), 1
     if section := run.router:
         count = section.num_codes
-        work = section.batch_size * unet * (4 + section.remat)
+        work = section.batch_size * unet * (3 + section.remat)
         yield (
             f"router: {count} codes at {share:.1%} of the UNet's MACs; {section.num_steps:,} steps"
             f" of {section.batch_size:,} prompts, {work / 1e12:,.3g} TMACs each; {frozen} of frozen"

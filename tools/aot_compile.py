@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> None:
     kind = name.partition(":")[0]
     chip = aot_costs.CHIPS[kind]
     print(report(compiled, chip))
+    if not asked.optimized:
+        print("not optimized: memory traffic, and the time that it takes, are upper bounds")
     if asked.num_steps:
         work = aot_costs.work_of(compiled)
         print(aot_costs.scaling(work, kind, chip, mesh.size, asked.num_steps, asked.utilization))

@@ -1,6 +1,6 @@
 """Times calibration against plain denoising, and the compensating solver against torch.
 
-    python tools/bench/calibration.py [--quick]
+    python tools/bench/calibration.py [--quick] [--prompts=2] [--steps=2] [--rounds=5]
 
 Weights are random. All sides of a ratio are measured in turns in one run, after a first run that
 compiles, so other jobs slow them alike. `--quick` takes a UNet of a tenth of the widths and a layer
@@ -32,8 +32,6 @@ QUICK = unet.UNetConfig(
     attention_head_dim=(1, 2, 4, 4),
     cross_attention_dim=128,
 )
-REPEATS = 5
-STEPS = 2
 SPARSITY = 0.5
 BLOCK = 128
 
@@ -42,18 +40,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--prompts", type=int, default=2)
-    arguments = parser.parse_args()
-    _calibration(QUICK if arguments.quick else unet.UNetConfig(), arguments.prompts)
-    _solver(*((320, 1280) if arguments.quick else (1280, 5120)))
+    parser.add_argument("--steps", type=int, default=2, help="of the sampler")
+    parser.add_argument("--rounds", type=int, default=5, help="after the one that compiles")
+    asked = parser.parse_args()
+    quick, rounds = asked.quick, asked.rounds
+    _calibration(QUICK if quick else unet.UNetConfig(), asked.prompts, asked.steps, rounds)
+    _solver(*((320, 1280) if quick else (1280, 5120)), rounds)
 
 
-def _calibration(config: unet.UNetConfig, num_prompts: int) -> None:
+def _calibration(config: unet.UNetConfig, num_prompts: int, num_steps: int, rounds: int) -> None:
     shapes, mesh = unet.param_shapes(config), sharding.make_mesh()
     batch = -(-num_prompts // mesh.size) * mesh.size
     params = jax.device_put(
         train.init_params(shapes, 0), sharding.fsdp_shardings(shapes, mesh)
     )  # fmt: skip
-    walk = trajectory.Trajectory(num_steps=STEPS, batch_size=batch)
+    walk = trajectory.Trajectory(num_steps=num_steps, batch_size=batch)
     model = Model(
         clip.TextConfig(), config, vae.VAEConfig(), diffusion.Schedule(), pathlib.Path()
     )  # fmt: skip
@@ -75,9 +76,10 @@ def _calibration(config: unet.UNetConfig, num_prompts: int) -> None:
             "second moments, linear": lambda: statistics_of(linear, "moments"),
             "second moments, linear and convolutions": lambda: statistics_of(both, "moments"),
             "Gram matrices, linear": lambda: statistics_of(linear, "gram"),
-        }
+        },
+        rounds,
     )
-    print(f"{batch} prompts, {STEPS} steps, guidance, latents of {config.sample_size}, float32")
+    print(f"{batch} prompts, {num_steps} steps, guidance, latents of {config.sample_size}, float32")
     for name, value in seconds.items():
         print(f"  {name}: {value:.3f} s, {value / seconds['plain']:.2f} times plain")
 
@@ -117,7 +119,7 @@ def _scan(
     return jax.lax.scan(call, samplers.start(noise), table)[0].x
 
 
-def _solver(n_out: int, n_in: int) -> None:
+def _solver(n_out: int, n_in: int, rounds: int) -> None:
     import torch
 
     rng = np.random.default_rng(0)
@@ -136,7 +138,7 @@ def _solver(n_out: int, n_in: int) -> None:
     def theirs() -> None:
         found["torch"] = _in_torch(torch.from_numpy(w), torch.from_numpy(gram), len(x)).numpy()
 
-    seconds = _in_turns({"ours": ours, "torch": theirs})
+    seconds = _in_turns({"ours": ours, "torch": theirs}, rounds)
     differ = np.mean((found["ours"] == 0) != (found["torch"] == 0))
     print(f"SparseGPT, {n_out} x {n_in}, half of the weights, blocks of {BLOCK}")
     print(f"  ours {seconds['ours']:.2f} s, torch {seconds['torch']:.2f} s,", end=" ")
@@ -166,10 +168,10 @@ def _in_torch(w, gram, num_rows):
     return w
 
 
-def _in_turns(tasks: dict[str, Callable[[], object]]) -> dict[str, float]:
+def _in_turns(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Least seconds of each, run one after another several times; the first round compiles."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(1 + REPEATS):
+    for _ in range(1 + rounds):
         for name, task in tasks.items():
             start = time.perf_counter()
             task()
