@@ -75,3 +75,37 @@ def test_what_cannot_be_asked_is_refused():
         alps.unstructured(kernel, stats, 768)
     with pytest.raises(ValueError, match="pattern 1:5 does not fit 32 inputs"):
         alps.n_of_m(kernel, stats, 1, 5)
+
+
+def test_half_of_the_weights_removed_twice_is_half_of_them():
+    kernel, stats = _random_layer(0)
+    once = alps.unstructured(kernel, stats, kernel.size // 2)
+    again = alps.unstructured(once.kernel, stats, kernel.size // 2)  # no start moves
+    np.testing.assert_array_equal(again.keep, once.keep)
+    np.testing.assert_allclose(again.kernel, once.kernel, rtol=1e-3, atol=1e-4)
+
+
+def test_dead_inputs_leave_the_others_finite():
+    kernel, stats = _random_layer(1)
+    gram = stats.moment.at[:8].set(0).at[:, :8].set(0)
+    got = alps.unstructured(kernel, LayerStats(gram, stats.weight), 8 * 24 + 1)
+    assert np.isfinite(got.kernel).all()
+    assert not got.keep[:8].any()
+    assert np.count_nonzero(~got.keep) == 8 * 24 + 1
+
+
+@pytest.mark.parametrize(("eigenvalue", "damping"), [(-0.1, 1.0), (-30.0, 1.0)])
+def test_without_a_positive_gram_matrix_more_is_damped_or_magnitude_decides(eigenvalue, damping):
+    rng = np.random.default_rng(2)
+    vectors = np.linalg.qr(rng.normal(size=(32, 32)))[0]
+    values = np.r_[eigenvalue, np.ones(31)]
+    gram = jnp.asarray(vectors * values @ vectors.T, jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(32, 24)), jnp.float32)
+    got = alps.unstructured(kernel, LayerStats(gram, jnp.float32(2)), 384)
+    assert np.count_nonzero(~got.keep) == 384
+    assert got.damping == damping
+    if eigenvalue > -1:
+        assert (got.method, np.abs(got.kernel).max() < 20) == ("alps", True)
+    else:
+        assert got.method == "magnitude"
+        np.testing.assert_array_equal(got.kernel[got.keep], kernel[got.keep])

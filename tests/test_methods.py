@@ -1,11 +1,13 @@
 """Every way to prune a component, on two layers whose statistics are made up."""
 
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pruning_golden import W, X, digits
 
 from sdprune_jax import checks, config, convert
 from sdprune_jax.config.pruning import Override
@@ -43,6 +45,98 @@ def _prune(**settings):
     return removed, dict(found)
 
 
+@pytest.mark.parametrize(
+    ("settings", "removed"),
+    [
+        ({}, ["01001101", "00110110", "00101011"]),  # a tie goes to the lower index in torch
+        ({"threshold": "rz"}, ["01001101", "10110110", "00101011"]),  # the tie goes too
+        ({"group": "output"}, ["01001101", "00110110", "00101011"]),
+        ({"method": "wanda"}, ["11000110", "10010011", "10001011"]),
+    ],
+)
+def test_the_golden_matrix_loses_what_its_torch_weight_would(settings, removed):
+    section = config.PruneComponent(0.5, **settings)
+    kernels = {"a.kernel": np.ascontiguousarray(W.T)}
+    moment = jnp.asarray((X**2).sum(axis=0), jnp.float32)
+    stats = {"a.kernel": LayerStats(moment, jnp.float32(3))}
+    found = methods.removed_of_each(kernels, section, stats)
+    ((_, pruned),) = methods.prune(kernels, section, found, stats, jax.random.key(0))
+    assert digits(pruned.keep.T) == removed
+
+
+def test_ties_in_a_convolution_go_by_index_of_its_torch_weight():
+    kernels = {"conv.kernel": np.ones((3, 3, 4, 5), np.float32)}
+    section = config.PruneComponent(0.5)
+    found = methods.removed_of_each(kernels, section, {})
+    ((path, pruned),) = methods.prune(kernels, section, found, {}, jax.random.key(0))
+    assert found == {"conv.kernel": 90}
+    np.testing.assert_array_equal(convert.to_torch(path, pruned.keep).ravel(), np.arange(180) >= 90)
+
+
+_EVERY_WAY = [
+    {"method": "random"}, {"method": "magnitude"}, {"threshold": "rz"}, {"group": "output"},
+    {"group": "component"}, {"group": "normalised"}, {"allocation": "owl", "owl_multiple": 1.5},
+    {"method": "wanda"}, {"method": "taylor"}, {"method": "sparsegpt"}, {"method": "alps"},
+]  # fmt: skip
+
+
+def _stage(kernels, seed=0, **settings):
+    """The kernels that stage `prune` writes, and its record."""
+    section = config.PruneComponent(**settings)
+    flat = {path: kernel.copy() for path, kernel in kernels.items()}
+    if section.method == "taylor":
+        rng = np.random.default_rng(seed)
+        stats = {p: rng.normal(size=x.shape).astype(np.float32) for p, x in kernels.items()}
+    else:
+        stats = _stats(methods.STATISTIC[section.method] or "moments")
+    return flat, run.prune_component(flat, list(flat), section, [(list(flat), stats)], seed)
+
+
+@pytest.mark.parametrize("settings", _EVERY_WAY, ids=str)
+def test_a_sparsity_of_zero_or_below_one_weight_changes_no_bit(settings):
+    kernels = {path: kernel.copy() for path, kernel in _KERNELS.items()}
+    kernels["conv.kernel"][0, 0, 0, 0] = -0.0
+    for sparsity in (0.0, 0.003):  # of 276 weights
+        flat, done = _stage(kernels, sparsity=sparsity, **settings)
+        for path, kernel in kernels.items():
+            assert flat[path].tobytes() == kernel.tobytes()
+        assert done["zeros"] == 1  # as before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [  # not alps, which fits all weights anew, nor owl, which allocates anew
+        {"method": "random"}, {"method": "magnitude"}, {"threshold": "rz"}, {"group": "component"},
+        {"method": "wanda"}, {"method": "taylor"}, {"method": "sparsegpt"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_sparse_already_is_pruned_to_itself_and_recorded_as_it_is(settings):
+    once, _ = _stage(_KERNELS, sparsity=0.5, **settings)
+    for sparsity in (0.5, 0.3):  # a lower one revives nothing
+        again, done = _stage(once, seed=1, sparsity=sparsity, **settings)
+        for path, kernel in once.items():
+            np.testing.assert_array_equal(again[path], kernel)
+        assert done["requested"] == sparsity
+        zeros = sum(int((kernel == 0).sum()) for kernel in once.values())
+        assert done["zeros"] == done["zeros_before"] == zeros
+        assert done["of_prunable"] == pytest.approx(zeros / 276)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_solvers_give_no_weight_back_to_what_is_sparse_already(method, pattern):
+    sparse, rng = {}, np.random.default_rng(3)
+    for path, kernel in _KERNELS.items():
+        sparse[path] = np.where(rng.random(kernel.shape) < 0.6, 0, kernel)
+        sparse[path][..., 0] = 0  # more than any share of it
+    again, done = _stage(sparse, sparsity=0.5, method=method, pattern=pattern)
+    for path, kernel in sparse.items():
+        assert np.isfinite(again[path]).all()
+        assert not again[path][kernel == 0].any()
+    assert done["zeros"] >= done["zeros_before"] > 0.55 * 276
+
+
 @pytest.mark.parametrize("method", ["random", "magnitude", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("allocation", ["uniform", "owl"])
 def test_layers_together_lose_exactly_what_was_asked(method, allocation):
@@ -78,6 +172,7 @@ def test_a_pattern_leaves_two_of_four_inputs(method):
     _, found = _prune(sparsity=0.5, method=method, pattern="2:4")
     runs = found["layers.0.fc1.kernel"].keep.reshape(4, 4, 6)
     assert (runs.sum(axis=1) == 2).all()
+    assert (found["conv.kernel"].keep.sum(axis=2) == 2).all()  # of the 4 channels of a tap
 
 
 def _error(path, pruned):
@@ -121,8 +216,14 @@ def test_a_sparsity_in_percent_of_some_layers_gets_the_fraction():
         checks.check(config.Run(prune=config.Prune(unet=part)))
 
 
-def test_a_gram_matrix_without_a_factor_falls_back_to_magnitude(monkeypatch):
+def test_a_gram_matrix_without_a_factor_falls_back_to_magnitude(monkeypatch, caplog):
     monkeypatch.setattr(obs, "factorise", lambda stats, _: _hopeless(stats))
+    with caplog.at_level(logging.WARNING, "absl"):
+        _, done = _stage(_KERNELS, sparsity=0.5, method="sparsegpt")
+    assert [row["loss"] for row in done["layers"]] == [None, None]
+    assert [row["damping"] for row in done["layers"]] == [1.0, 1.0]
+    assert [message.split(":")[0] for message in caplog.messages] == list(_KERNELS)
+    assert all("damping 1, so by magnitude" in message for message in caplog.messages)
     _, found = _prune(sparsity=0.5, method="sparsegpt")
     _, want = _prune(sparsity=0.5)
     for path, pruned in found.items():

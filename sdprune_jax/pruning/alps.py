@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sdprune_jax.pruning import masks
+from sdprune_jax.pruning import masks, obs
 from sdprune_jax.pruning.obs import Solution
 from sdprune_jax.pruning.recorder import LayerStats
 
 _PENALTY = 0.1  # at first, relative to a unit diagonal
+_LEAST_PENALTY = 1e-6  # of a new start
 _EVERY = 3  # iterations between changes of the penalty
 _MAX_ITERATIONS = 300
 _REFINEMENTS = 10  # steps of conjugate gradients in the end
@@ -28,16 +29,17 @@ def unstructured(
     num_removed: int,
     damping: float = 0.01,
 ) -> Solution:
-    """Removes weights anywhere, and fits the others.
+    """Removes weights anywhere, and fits the others. What is zero stays so, and is removed first.
 
     Args:
         kernel: of the layer; that of a convolution reshaped to two axes.
         stats: with a Gram matrix.
         num_removed: weights, in [0, size).
-        damping: fraction of the mean diagonal added to the diagonal.
+        damping: fraction of the mean diagonal added to the diagonal; more as `obs.factorise` says.
 
     Returns:
-        A solution; its loss is in the units of `obs`.
+        A solution; its loss is in the units of `obs`. By magnitude, as there, if the Gram matrix is
+        not positive even with damping 1.
 
     Raises:
         ValueError: if `num_removed` is out of range.
@@ -69,6 +71,12 @@ def _solved(
     m: int | None,
     damping: float,
 ) -> Solution:
+    factor = obs.factorise(stats, damping)
+    if not factor.is_positive:
+        if m is None:
+            return obs.unstructured(kernel, factor, number, preserve_zeros=True)
+        return obs.n_of_m(kernel, factor, number, m, block_size=m, preserve_zeros=True)
+    damping = factor.damping
     kernel, keep, loss = _solve(
         kernel, stats.moment, stats.weight, jnp.asarray(number), jnp.asarray(damping), m
     )  # fmt: skip
@@ -93,16 +101,18 @@ def _solve(
     scale = jnp.sqrt(diagonal)[:, None]
     unit = jnp.eye(len(gram), dtype=bool)
     hessian = jnp.where(unit, 1, hessian / scale / scale.T)
-    dense = scale * jnp.where(dead[:, None], 0, kernel)
+    forced = dead[:, None] | (kernel == 0)
+    dense = scale * jnp.where(forced, 0, kernel)
     values, vectors = jnp.linalg.eigh(hessian)
     target = product(hessian, dense)
 
     def chosen(x: Any) -> Any:
+        scores = jnp.where(forced, 0, jnp.maximum(jnp.abs(x), jnp.finfo(x.dtype).tiny))
         if m is None:
-            return masks.lowest(jnp.abs(x), number)
-        runs = jnp.abs(x).reshape(-1, m, x.shape[1])
+            return masks.lowest(scores, number) & ~forced
+        runs = scores.reshape(-1, m, x.shape[1])
         rank = jnp.argsort(jnp.argsort(runs, axis=1), axis=1)
-        return (rank >= number).reshape(x.shape)
+        return (rank >= number).reshape(x.shape) & ~forced
 
     def iterate(_: Any, state: Any) -> Any:
         sparse, dual, keep, penalty = state
@@ -122,13 +132,13 @@ def _solve(
             changed >= 0.1 * kept, 1.3, jnp.where(changed >= 0.005 * kept, 1.2, 1.1)
         ).astype(penalty.dtype)
         # A penalty that is too large at first pins the choice that it starts from: start again.
-        stalled = (changed == 0) & ~has_moved
+        stalled = (changed == 0) & ~has_moved & (penalty > _LEAST_PENALTY)
         state = jax.tree.map(
             partial(jnp.where, stalled),
             (*start[:3], penalty / 5),
             (*state[:3], penalty * growth),
         )
-        done = (changed == 0) & has_moved
+        done = (changed == 0) & ~stalled
         return state, count + _EVERY, has_moved | (changed > 0), done
 
     start = (dense, jnp.zeros_like(dense), chosen(dense), jnp.asarray(_PENALTY, dense.dtype))

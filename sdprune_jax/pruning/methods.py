@@ -203,8 +203,9 @@ def _solve(
     removed: Mapping[str, int],
     stats: Mapping[str, Stat],
 ) -> Iterator[tuple[str, Pruned]]:
-    unstructured: Any = obs.unstructured
-    n_of_m: Any = obs.n_of_m
+    # What is sparse already gets no weight back.
+    unstructured: Any = functools.partial(obs.unstructured, preserve_zeros=True)
+    n_of_m: Any = functools.partial(obs.n_of_m, preserve_zeros=True)
     if section.method == "alps":
         unstructured = functools.partial(alps.unstructured, damping=section.damping)
         n_of_m = functools.partial(alps.n_of_m, damping=section.damping)
@@ -222,13 +223,13 @@ def _solve(
             if moment not in factors:
                 factors[moment] = obs.factorise(found, section.damping)
             seen = factors[moment]
-            if not seen.is_positive:
-                logging.warning("%s: no factor even with damping 1, so by magnitude", path)
         flat = jnp.asarray(kernel, jnp.float32).reshape(-1, kernel.shape[-1])
         if path in removed:
             solution = unstructured(flat, seen, removed[path])
         else:
             solution = n_of_m(flat, seen, *request.n_and_m(section.pattern))
+        if solution.method == "magnitude":
+            logging.warning("%s: no factor even with damping 1, so by magnitude", path)
         yield (
             path,
             Pruned(

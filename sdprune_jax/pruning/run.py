@@ -75,7 +75,10 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         seconds["select"] += time.perf_counter() - start - calibration.seconds
         seconds["calibrate"] += calibration.seconds
         pruned[name] = convert.unflatten(flat, shapes[name])
-        logging.info("%s: %d zeros in %d layers", name, done[name]["zeros"], len(layers[name]))
+        logging.info(
+            "%s: %d zeros in %d layers, of which %d were there before",
+            name, done[name]["zeros"], len(layers[name]), done[name]["zeros_before"],
+        )  # fmt: skip
 
     start = time.perf_counter()
     dtype = jnp.dtype(run.prune.save_dtype)
@@ -133,6 +136,7 @@ def prune_component(
     """
     kernels = {path: flat[path] for path in layers}
     before = record.sample(kernels)
+    zeros_before = sum(kernel.size - int(np.count_nonzero(kernel)) for kernel in kernels.values())
     sizes = {path: kernel.size for path, kernel in kernels.items()}
     rows: dict[str, dict[str, Any]] = {}
     for names, stats in parts:
@@ -156,6 +160,7 @@ def prune_component(
         **{name: said[name] for name in names if said[name] is not None},
         "prunable": prunable,
         "zeros": zeros,
+        "zeros_before": zeros_before,
         "of_prunable": zeros / prunable,
         "all_zeros": sum(x.size - int(np.count_nonzero(x)) for x in flat.values()),
         "layers": [rows[path] for path in layers],

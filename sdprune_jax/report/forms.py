@@ -9,7 +9,7 @@ _LAYER = {"name": str, "shape": [int], "weights": int, "zeros": int, "threshold"
 _COMPONENT = {
     **dict.fromkeys(("scope", "threshold"), str),
     **dict.fromkeys(("requested", "of_prunable", "of_component", "of_pipeline"), _NUMBER),
-    **dict.fromkeys(("parameters", "prunable", "zeros", "underflow_zeros"), int),
+    **dict.fromkeys(("parameters", "prunable", "zeros", "underflow_zeros", "zeros_before?"), int),
     "layers": [_LAYER],
     "histogram": {"edges": [_NUMBER], "dense": [int], "pruned": [int]},
 }

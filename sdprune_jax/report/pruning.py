@@ -20,6 +20,8 @@ def verdict(prune: Mapping[str, Any]) -> list[str]:
     for name, part in prune["components"].items():
         removed, requested = f"{part['of_prunable']:.1%}", f"{part['requested']:.1%}"
         asked = "as requested" if removed == requested else f"{requested} requested"
+        if before := part.get("zeros_before"):
+            asked += f"; {before / part['prunable']:.1%} were zero before"
         weights = text(f"{_word(part['scope'])} weights of the {_word(name)}")
         parts.append(f"<b>{removed}</b> of the {weights} ({asked})")
     size = {name: charts.in_bytes(num) for name, num in prune["bytes"].items()}
