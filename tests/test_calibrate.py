@@ -159,14 +159,18 @@ def _ids():
     return ids, np.array([4, 2, 6])  # tokens up to the end of each text
 
 
-@pytest.mark.parametrize("mask_pads", [True, False])
-def test_pads_of_a_text_are_left_out_unless_asked_for(mask_pads):
+@pytest.mark.parametrize(
+    ("mask_pads", "num_devices", "statistic"),
+    [(True, 1, "gram"), (False, 1, "gram"), (True, 8, "gram"), (True, 8, "moments")],
+)  # fmt: skip
+def test_pads_of_a_text_are_left_out_unless_asked_for(mask_pads, num_devices, statistic):
     ids, lengths = _ids()
     params = _random_params(clip.text_param_shapes(TEXT), 0)
     paths = sites.prunable(params, "text_encoder", "linear")
     got = calibrate.text_statistics(
-        TEXT, params, _mesh(1), ids, paths, "gram", batch_size=2, mask_pads=mask_pads
-    )
+        TEXT, params, _mesh(num_devices), ids, paths, statistic,
+        batch_size=max(2, num_devices), mask_pads=mask_pads,
+    )  # fmt: skip
     assert set(got) == set(paths)
     stored = jax.jit(lambda ids: stored_inputs.stored(clip.TextTower(TEXT).apply, params, ids)[1])(
         ids
@@ -174,8 +178,9 @@ def test_pads_of_a_text_are_left_out_unless_asked_for(mask_pads):
     mask = np.arange(6)[None] < (lengths if mask_pads else np.full(3, 6))[:, None]
     for path in paths:
         rows = np.asarray(stored[path])[mask]
+        want = stored_inputs.gram(rows[:, None], np.ones(len(rows)))
         stored_inputs.assert_close(
-            got[path].moment, stored_inputs.gram(rows[:, None], np.ones(len(rows))), path
+            got[path].moment, want if statistic == "gram" else np.diag(want), path
         )
         assert float(got[path].weight) == mask.sum()
 

@@ -61,6 +61,7 @@ def test_sparsity_outside_its_range_is_refused_with_the_range(sparsity):
         ({"prune": 3}, "config.prune is 3, expected Prune or none"),
         ({"prune__unet__sparsity": "half"}, "prune.unet.sparsity is 'half', expected float"),
         ({"prune__unet__scope": "liner"}, "linear+conv, obsdiff, all; did you mean `linear`?"),
+        ({"prune__unet__method": "sparcegpt"}, "alps, taylor; did you mean `sparsegpt`?"),
         ({"generate__sampler": "pdnm"}, "one of pndm, ddim, dpm++ or none; did you mean `pndm`?"),
         ({"generate__height": 9.5}, "generate.height is 9.5, expected int from 8 to 8192 or none"),
         ({"pretrain__unet__heads": (1, 2)}, "unet.heads has not 4 values"),

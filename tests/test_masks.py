@@ -152,6 +152,19 @@ def test_a_sharded_tensor_gets_the_same_mask_and_is_never_gathered(spec):
     assert set(re.findall(collectives, compiled)) == {"all-reduce"}
 
 
+@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+def test_equal_scores_go_by_index_on_any_number_of_devices(num_devices):
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("fsdp",))
+    half = np.random.default_rng(0).standard_normal((8, 30)).astype(np.float32)
+    pairs = np.concatenate([half, -half])
+    for tensor in (pairs, np.zeros_like(pairs), np.full_like(pairs, -0.25)):
+        sharded = jax.device_put(tensor, NamedSharding(mesh, PartitionSpec("fsdp")))
+        for k in (1, 241, 479):  # an odd number parts a weight from its negative
+            np.testing.assert_array_equal(masks.lowest(sharded, k), _stable_lowest(tensor, k))
+        per_row = np.stack([_stable_lowest(row, 7) for row in tensor])
+        np.testing.assert_array_equal(masks.lowest_per_output(sharded, 7), per_row)
+
+
 def test_another_shape_or_number_does_not_compile_a_batch_again():
     rng = np.random.default_rng(0)
     tensor = lambda *shape: rng.standard_normal(shape).astype(np.float32)

@@ -106,6 +106,16 @@ def test_one_input_is_removed_as_in_the_golden_kernel():
     np.testing.assert_allclose(got.loss, 0.140145 / 2, atol=1e-6)
 
 
+def test_removing_each_input_costs_its_golden_score():
+    factor = obs.factorise(_stats(X, 3))
+    want = [0.388097, 4.630117, 4.502737, 1.25522, 1.969781, 10.842472, 0.140145, 1.701311]
+    for i, score in enumerate(want):
+        others = np.where(np.arange(8) == i, 1, 100)  # dearer, so that this one goes
+        got = units.remove(KERNEL * others[:, None].astype(np.float32), factor, 1, 1)
+        np.testing.assert_array_equal(np.flatnonzero(~np.asarray(got.keep)), [i])
+        np.testing.assert_allclose(2 * got.loss, score, rtol=1e-6, atol=5e-7)  # as written
+
+
 def _random_layer(seed, n_in=20, n_out=6):
     """A kernel, and inputs of unequal sizes that depend on each other."""
     rng = np.random.default_rng(seed)

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import stored_inputs
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pruning_golden import X
 
 from sdprune_jax import convert
 from sdprune_jax.models import layers
-from sdprune_jax.pruning import recorder
+from sdprune_jax.pruning import recorder, trajectory
 
 
 class _Layers(nn.Module):
@@ -77,6 +79,88 @@ def test_statistics_equal_those_of_stored_activations(statistic):
         stored_inputs.assert_close(
             recorder.mean_square(got), np.diag(want) / (1.25 * num_rows), name
         )
+
+
+def test_the_golden_layer_has_the_golden_moments():
+    apply, path = nn.Sequential([nn.Dense(3)]).apply, "layers_0.kernel"
+    params = {"layers_0": {"kernel": np.zeros((8, 3)), "bias": np.zeros(3)}}
+    x = X.reshape(3, 4, 8).astype(np.float32)
+
+    def moment(statistic, weight):
+        weight = jnp.asarray(weight, jnp.float32)
+        found = recorder.apply_and_record(apply, params, (x,), [path], statistic, weight)[1]
+        return np.asarray(found[path].moment)
+
+    uniform = [0.497267, 8.087333, 51.116067, 2.766067, 12.832733, 30.9096, 0.3858, 7.858667]
+    later_less = [0.52946, 8.011347, 49.049039, 2.865103, 13.886137, 30.117548, 0.383989, 8.103367]
+    alphas = trajectory.timestep_weights(3, "log_decreasing")  # every sample is a call
+    for weight, want in [(np.ones(3), uniform), (alphas, later_less)]:
+        gram, squares = (moment(statistic, weight) for statistic in ("gram", "moments"))
+        for found in (np.diag(gram), squares):
+            np.testing.assert_allclose(2 / weight.sum() * found, want, rtol=1e-6, atol=5e-7)
+        want = 2 / weight.sum() * stored_inputs.gram(x, weight)
+        np.testing.assert_allclose(2 / weight.sum() * gram, want, rtol=0, atol=1e-5)
+
+
+class _Apart(nn.Module):
+    """Layers that all read the inputs of the model."""
+
+    @nn.compact
+    def __call__(self, image, tokens):
+        layers.conv(6, 3, name="padded")(image)
+        layers.conv(5, 3, stride=2, padding=[(0, 1), (0, 1)], name="uneven")(image)
+        nn.Conv(4, (3, 2), strides=(2, 1), padding="SAME", name="same")(image)
+        return nn.Dense(4, name="tokens")(tokens)
+
+
+@pytest.mark.parametrize("statistic", recorder.STATISTICS)
+def test_statistics_of_whole_numbers_have_the_same_bits_on_one_device_and_on_eight(statistic):
+    rng = np.random.default_rng(0)  # sums of whole numbers do not round, in whatever order
+    args = tuple(
+        rng.integers(-9, 10, shape).astype(np.float32) for shape in ((8, 6, 9, 4), (8, 7, 5))
+    )
+    weight = np.float32([1, 4, 0, 9, 1, 4, 16, 1])  # whose roots are whole too
+    shapes = {
+        "padded": (3, 3, 4, 6),
+        "uneven": (3, 3, 4, 5),
+        "same": (3, 2, 4, 4),
+        "tokens": (5, 4),
+    }
+    params = {name: {"kernel": np.ones(x), "bias": np.zeros(x[-1])} for name, x in shapes.items()}
+
+    def stats(num_devices):
+        mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+        placed = jax.device_put((args, weight), NamedSharding(mesh, PartitionSpec("data")))
+        paths = [f"{name}.kernel" for name in shapes]
+        run = recorder.apply_and_record
+        return jax.jit(
+            lambda args, weight: run(_Apart().apply, params, args, paths, statistic, weight)[1]
+        )(*placed)
+
+    one, eight = stats(1), stats(8)
+    for name in shapes:
+        path = f"{name}.kernel"
+        np.testing.assert_array_equal(eight[path].moment, one[path].moment, err_msg=name)
+        assert float(eight[path].weight) == float(one[path].weight)
+    want = stored_inputs.gram(args[1], weight)
+    want = want if statistic == "gram" else np.diag(want)
+    np.testing.assert_array_equal(eight["tokens.kernel"].moment, want)
+
+
+def test_layers_that_read_nothing_or_what_is_not_finite_are_all_named():
+    good = recorder.LayerStats(jnp.ones(3), jnp.float32(2))
+    stats = {"fine": good, "silent": good._replace(weight=jnp.float32(0))}
+    stats["infinite"] = good._replace(moment=jnp.array([1, np.inf, 1]))
+    stats["gram"] = good._replace(moment=jnp.diag(jnp.array([1, np.nan, 1])))
+    with pytest.raises(ValueError, match="calibration failed") as error:
+        recorder.checked(stats)
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "gram read values that are not finite",
+        "infinite read values that are not finite",
+        "silent read nothing",
+    ]
+    dead = {"dead": good._replace(moment=jnp.zeros(3))}
+    assert recorder.checked(dead) is dead  # an input may always be 0
 
 
 def test_only_the_layers_asked_for_are_recorded():

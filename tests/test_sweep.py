@@ -337,7 +337,12 @@ def test_series_are_points_that_differ_in_one_sparsity():
         ("text_encoder", "owl-magnitude, multiple 7", 11), ("text_encoder", "wanda", 12),
         ("text_encoder", "owl-wanda, multiple 7", 11),
     ]  # fmt: skip
-    assert found[0].sparsities == tuple(sorted(found[0].sparsities))
+    steps = tuple(x / 1000 for x in range(350, 625, 25))
+    assert found[0].sparsities == (0.1, 0.2, 0.3, *steps)
+    text = (0.3, 0.4, 0.5, 0.55, 0.575, 0.6, 0.625, 0.65, 0.675, 0.7, 0.8)
+    for series in found[1:]:
+        more = (0.525,) if points.method(series.section) == "wanda" else ()
+        assert series.sparsities == tuple(sorted((*text, *more)))
     assert found[3].point(0.525) in paper.sweep.points
     fixed = config.PruneComponent(0.5, pattern="2:4")
     band = config.PruneComponent(0.3, band=(0.2, 0.5))
@@ -361,6 +366,16 @@ def test_a_point_whose_layers_have_their_own_sparsity_is_counted_and_named():
     assert points.expected(config.SweepPoint(unet=plain), shapes).zeros == sum(sizes.values()) // 2
 
 
+# Of the text encoder and the UNet, and of both by all their parameters, in percent.
+_PUBLISHED = {
+    (0.18, 0.21): 20.2, (0.35, 0.14): 19.9, (0.53, 0.07): 20.0, (0.27, 0.31): 29.9,
+    (0.53, 0.21): 30.0, (0.8, 0.1): 29.8, (0.425, 0.3): 33.5, (0.45, 0.325): 36.0,
+    (0.475, 0.35): 38.5, (0.35, 0.42): 40.0, (0.71, 0.28): 40.1, (0.5, 0.375): 41.0,
+    (0.525, 0.4): 43.5, (0.55, 0.425): 46.0, (0.575, 0.45): 48.5, (0.44, 0.52): 49.7,
+    (0.89, 0.35): 50.2, (0.6, 0.475): 51.0, (0.625, 0.5): 53.5, (0.53, 0.63): 60.2,
+}  # fmt: skip
+
+
 def test_dry_run_lists_the_paper_with_nominal_and_true_sparsity(tmp_path):
     directory = test_plan._write(tmp_path, test_plan.STABLE_DIFFUSION_2)
     words = [f"--config={_PAPER}", f"--config.model={directory}", "--config.sweep.num_seeds=2"]
@@ -377,6 +392,14 @@ def test_dry_run_lists_the_paper_with_nominal_and_true_sparsity(tmp_path):
     alone = {row[2]: row[3:5] for row in rows if row[1] == "dense"}
     assert alone["0.35 magnitude, rz"] == ["25.12%", "8.74%"]
     assert len(alone) == 14
+    number = lambda cell: float(cell.split()[0])
+    found = {}
+    for _, text, network, nominal, *_ in rows[1:]:
+        if "dense" not in (text, network):
+            found.setdefault((number(text), number(network)), []).append(nominal.rstrip("%"))
+    assert found.keys() == _PUBLISHED.keys()
+    for pair, nominals in found.items():  # text encoder by magnitude and by OWL
+        np.testing.assert_allclose([float(x) for x in nominals], [_PUBLISHED[pair]] * 2, atol=0.051)
     owl = next(row for row in rows if row[1].startswith("0.475 owl-magnitude"))
     assert owl[3:] == ["38.53%", "20.14%", "242,895,257"]
     assert "99 points and dense, 64 images, 2 seeds, 25 steps: 12,800 images in all" in card
