@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (
     "config diffusion models",
-    "checks convert initial samplers sharding signals tensors",
+    "bitmask checks convert initial samplers sharding signals tensors",
     "model_files sites weights",
     "checkpoint data macs train_checkpoints train_log",
     "metrics pipeline train",
