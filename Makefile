@@ -23,10 +23,11 @@ test: .venv/installed-dev
 	@touch $@
 
 # torch first and exactly: nothing else shall choose its build.
-.venv/installed-dev: requirements.txt tools/requirements-dev.txt | $(BIN)/python
+.venv/installed-dev: requirements.txt tools/requirements-dev.txt tools/requirements-tpu.txt | $(BIN)/python
 	@echo "installing requirements.txt and tools/requirements-dev.txt into .venv (minutes, once)"
 	@$(PIP) "$$(grep ^torch== tools/requirements-dev.txt)"
 	@$(PIP) -r requirements.txt -r tools/requirements-dev.txt
+	@$(PIP) --no-deps --upgrade --target .venv/tpu -r tools/requirements-tpu.txt
 	@touch $@ .venv/installed
 
 $(BIN)/python:

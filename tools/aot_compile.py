@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     if not asked.optimized:
         jax.config.update("jax_optimization_level", "O0")
     name = topology_name(asked.topology)
-    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, _devices(name, asked.num_slices))
+    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, devices(name, asked.num_slices))
     print(f"{asked.stage} on {asked.num_slices} x {name}: {dict(mesh.shape)}")
     start = time.monotonic()
     compiled = compile_step(aot_programs.lower(run, asked.stage, mesh))
@@ -90,7 +90,12 @@ def topology_name(text: str) -> str:
     )
 
 
-def _devices(name: str, num_slices: int) -> Sequence[Any]:
+def devices(name: str, num_slices: int) -> Sequence[Any]:
+    """The chips of slices that are not there.
+
+    Raises:
+        ValueError: if libtpu is not installed, or knows no such topology.
+    """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"libtpu is not installed: pip install 'jax[tpu]=={jax.__version__}'")
     options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
