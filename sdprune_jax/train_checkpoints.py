@@ -28,8 +28,11 @@ _NUM_KEPT = 2
 
 
 def open_manager(directory: pathlib.Path) -> ocp.CheckpointManager:
-    """Keeps the newest two steps below `directory`; to be closed, which waits for the last."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=_NUM_KEPT)
+    """Keeps the newest two steps below `directory`; to be closed, which waits for the last.
+
+    What a save that was killed has left there is removed.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=_NUM_KEPT, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
@@ -122,14 +125,13 @@ def _checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
 
 def _read(path: pathlib.Path, like: Any) -> tuple[Any, str]:
     """The state of one step, and what is wrong with it: the same answer on every process."""
-    state, expected, problem = None, None, ""
+    state, expected, problem = None, {}, ""
     try:
         # Not by the manager: its processes wait for each other, for minutes if one has failed.
         handler: Any = ocp.StandardCheckpointHandler()  # which takes paths of pathlib too
         _check_shapes(handler.metadata(path / _STATE), like)
         state = handler.restore(path / _STATE, args=ocp.args.StandardRestore(like))
-        if (path / _CHECKSUMS).exists():  # steps of earlier versions have none
-            expected = tensors.read_json(path / _CHECKSUMS / "metadata")
+        expected = tensors.read_json(path / _CHECKSUMS / "metadata")
     except Exception as error:  # a damaged file makes Orbax raise anything, Exception itself too
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     if problem:  # Orbax leaves coroutines that nobody awaits, of which Python would warn later
@@ -138,7 +140,7 @@ def _read(path: pathlib.Path, like: Any) -> tuple[Any, str]:
             gc.collect()
     if not _on_every_process(not problem):
         return None, problem or "another process could not read it"
-    return state, "" if expected is None else _differences(state, expected)
+    return state, _differences(state, expected)
 
 
 def _check_shapes(saved: Any, like: Any) -> None:

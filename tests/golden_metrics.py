@@ -3,9 +3,10 @@
 `golden_metrics.json` was printed by
 
     pip install torch-fidelity==0.4.0 torchmetrics==1.9.0 scikit-image==0.26.0
-    python tests/golden_metrics.py distance.py > tests/golden_metrics.json
+    python tests/golden_metrics.py torch.py jax.py > tests/golden_metrics.json
 
-where `distance.py` is that of github.com/sayakpaul/cmmd-pytorch. None of its numbers is ours.
+where the last two are `distance.py` of github.com/sayakpaul/cmmd-pytorch and `cmmd/distance.py` of
+github.com/google-research/google-research. None of its numbers is ours.
 """
 
 import json
@@ -70,6 +71,7 @@ def golden() -> dict:
 
 
 def _make() -> dict:
+    import jax
     import skimage
     import torch
     import torch_fidelity
@@ -132,8 +134,12 @@ def _make() -> dict:
         )
         for p, q in zip(*scaled, strict=True)
     ]  # fmt: skip
-    cmmd = runpy.run_path(sys.argv[1])["mmd"]  # of float64, where its differences are exact enough
-    found["cmmd"] = float(cmmd(*(part.astype(np.float64) for part in near_unit_vectors())))
+    jax.config.update("jax_enable_x64", True)  # where the codes' differences are exact enough
+    embedded = [part.astype(np.float64) for part in near_unit_vectors()]
+    found["cmmd"] = {
+        name: float(runpy.run_path(path)["mmd"](*embedded))
+        for name, path in zip(("torch", "jax"), sys.argv[1:], strict=True)
+    }
     score, rows = CLIPScore(lambda: (Given(), Given())), range(9)
     score.update([torch.full((1, 1, 1), float(row)) for row in rows], [str(row) for row in rows])
     found["clip_score"] = float(score.compute())

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import pathlib
+import re
 import sys
 import types
 
@@ -35,6 +36,16 @@ def model(tmp_path_factory):
     return aptp_model.make(tmp_path_factory.mktemp("micro") / "model", aptp_model.ONE_LEVEL)
 
 
+def _sent(run, mesh):
+    """The results of the collectives of a compiled router step, by kind."""
+    quick = {"xla_backend_optimization_level": 0}  # collectives are settled before
+    compiled = aot_programs.lower(run, "router", mesh).compile(quick)
+    sent: dict[str, list] = {}
+    for kind, results in aot_costs.each_collective(compiled.as_text()):
+        sent.setdefault(kind, []).extend(results)
+    return sent
+
+
 def _run(model, **changes):
     section = config.Router(num_codes=3, batch_size=16)
     return config.Run(model=str(model.directory), router=dataclasses.replace(section, **changes))
@@ -56,6 +67,7 @@ def test_report_is_of_the_slowest_part():
     text = aot_compile.report(compiled, aot_costs.Chip(16, 2e14, 1e12, 1e11))
     assert "1.00 GiB of arguments, 0.50 GiB temporary; at most 1.50 GiB of 16 GiB" in text
     assert "4.00 TFLOP, 1.0 GB of memory traffic, 4000 FLOPs a byte" in text
+    assert re.search(r"all-gather +2, 0\.0 MB\nall-reduce +1, 0\.0 MB\n", text)
     assert "20.0 ms by work, 1.0 ms by memory, 0.0 ms by network" in text
     assert text.endswith("a step takes 20.0 ms or more: limited by work")
 
@@ -143,10 +155,7 @@ def test_stages_have_programs_with_the_arguments_of_the_run(model):
 def test_router_step_sends_what_the_algorithm_needs_and_each_split_weight_once(model, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_BYTES", 2048)
     run, mesh = _run(model), sharding.make_mesh(2, 4)
-    compiled = aot_programs.lower(run, "router", mesh).compile()
-    sent: dict[str, list] = {}
-    for kind, results in aot_costs.each_collective(compiled.as_text()):
-        sent.setdefault(kind, []).extend(results)
+    sent = _sent(run, mesh)
     assert sent.keys() == {"all-gather", "all-reduce"}
 
     width, num_gates = model.text_encoder.hidden_size, layout_of(sites.table(model.unet)).size
@@ -171,3 +180,13 @@ def test_router_step_sends_what_the_algorithm_needs_and_each_split_weight_once(m
     others = [shape for _, shape in sent["all-reduce"] if len(shape) < 2]
     assert set(others) == {(), (3,), (num_gates,)}
     assert others.count((num_gates,)) == 1  # the heads' biases
+
+
+def test_router_step_gathers_nothing_of_a_unet_that_every_device_holds(model, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_BYTES", 0)
+    sent = _sent(_run(model), sharding.make_mesh(8, 1))
+    assert sent.keys() == {"all-gather", "all-reduce"}
+    num_gates = layout_of(sites.table(model.unet)).size
+    # All prompts and all their gates, for the contrastive loss.
+    wanted = [(16, model.text_encoder.hidden_size), (16, num_gates)]
+    assert sorted(sorted(shape) for _, shape in sent["all-gather"]) == sorted(map(sorted, wanted))

@@ -76,6 +76,15 @@ def test_dead_links_are_shown_but_are_no_mistake(source, tmp_path):
     }
 
 
+def test_a_folder_without_pictures_is_refused(source, tmp_path):
+    for path in (source / "validation").rglob("*.*"):
+        path.unlink()
+    for path in (source / "validation").glob("*_*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"(?s)no row is left .* 8  no picture was downloaded"):
+        cc3m.prepare(source, tmp_path / "data", "validation")
+
+
 def test_captions_alone_are_of_all_lines(source, tmp_path):
     dataset = cc3m.prepare(source, tmp_path / "data", "validation", has_images=False)
     assert captioned.captions(dataset) == [f"caption {i} " for i in range(8)]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdprune_jax.data import captioned, coco, sampling, sources
+from sdprune_jax import checkpoint
+from sdprune_jax.data import captioned, coco, images, sampling, sources, tokenizer
 
 NAME = "COCO_val2014_{:012d}.jpg"
 
@@ -120,6 +122,18 @@ assert "tensorflow" not in sys.modules and "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_nothing_asks_the_network(source, tmp_path, monkeypatch):
+    asked = lambda *_, **__: pytest.fail("asked the network")
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+    monkeypatch.setattr(socket.socket, "connect", asked)
+    coco.prepare(source, tmp_path / "data", "val2014")
+    dataset = coco.load(tmp_path / "data", "val2014")
+    assert captioned.image(dataset, 0).shape == (9, 4, 3)
+    tokenizer.load(checkpoint.directory_of("embedded") / "tokenizer")
+    with pytest.raises(ValueError, match="stabilityai/stable-diffusion-2"):
+        checkpoint.open_model(checkpoint.directory_of("stabilityai/stable-diffusion-2"))
+
+
 def test_what_cannot_be_used_is_counted_by_reason(tmp_path):
     captions = [
         [None, 7, "  \n", "x" * 10_000, "nul\0", "half \ud83d", "good"],
@@ -192,6 +206,37 @@ def test_pictures_that_cannot_be_used_are_skipped_and_keep_their_positions(sourc
     assert captioned.image(dataset, 0).shape == (6, 4, 3)
     again = coco.load(tmp_path / "data", "val2014")
     assert (again.skips, again.positions.tolist()) == (dataset.skips, [3])
+
+
+def test_a_folder_without_pictures_is_refused(source, tmp_path):
+    for path in (source / "val2014").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"(?s)100.0% of the source .* 4  picture is missing"):
+        coco.prepare(source, tmp_path / "data", "val2014", max_skipped=0.99)
+    assert _files(tmp_path / "data") == []
+
+
+def test_pictures_of_any_kind_come_out_of_the_dataset_as_they_are_read(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
+    rgba, turned = Image.fromarray(pixels), Image.Exif()
+    turned[0x112] = 6  # held upright
+    rgb, gray = rgba.convert("RGB"), rgba.convert("L")
+    kinds = [
+        (rgb, "jpeg", {"exif": turned}), (gray, "jpeg", {}), (rgb.convert("CMYK"), "jpeg", {}),
+        (rgb.convert("P"), "gif", {}), (rgb, "webp", {}), (rgba.convert("LA"), "png", {}),
+        (rgba, "png", {}), (gray.convert("I;16"), "png", {}),
+    ]  # fmt: skip
+    source = _write(tmp_path / "source", _contents([["a"]] * len(kinds)))
+    paths = [source / "val2014" / NAME.format(i) for i, _ in enumerate(kinds, 1)]
+    paths[0].parent.mkdir()
+    for path, (picture, form, how) in zip(paths, kinds, strict=True):
+        picture.save(path, form, **how)  # whatever its name says
+    dataset = coco.prepare(source, tmp_path / "data", "val2014")
+    assert dataset.skips == {}
+    for i, path in enumerate(paths):
+        found = captioned.image(dataset, i)
+        assert found.shape == ((6, 5, 3) if i else (5, 6, 3))
+        assert np.array_equal(found, images.load(path))
 
 
 def test_too_much_skipped_ends_with_the_table_and_leaves_no_dataset(source, tmp_path):

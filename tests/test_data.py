@@ -112,6 +112,17 @@ def test_augmented_captions_vary_but_follow_the_generator():
     assert not any("red apple, red" in text or "None" in text for text in drawn)
 
 
+def test_empty_lines_are_no_prompts_and_a_file_without_any_is_refused(tmp_path):
+    file = tmp_path / "captions.txt"
+    file.write_text("\ufeffa red apple\r\n\r\n   \n an owl \nthird\n", encoding="utf-8")
+    assert captions.prompts(str(file), "train", 2, 0) == ["a red apple", "an owl"]
+    file.write_text(" \n\n")
+    with pytest.raises(ValueError, match=r"captions\.txt has no prompt: write one a line"):
+        captions.prompts(str(file), "train", 2, 0)
+    with pytest.raises(ValueError, match="which is no file"):
+        captions.prompts(str(tmp_path / "none.txt"), "train", 2, 0)
+
+
 def test_vocabulary_has_clips_layout(trained):
     directory, tok = trained
     assert len(tok) == 800
@@ -140,6 +151,22 @@ def test_encode_frames_pads_and_truncates(trained):
     assert ids[2, :3].tolist() == [798, an, emoji_id]
     assert ids[2, -1] == 799
     assert np.count_nonzero(ids[2]) == 12
+
+
+def test_any_text_becomes_seventy_seven_tokens(trained):
+    _, tok = trained
+    texts = [
+        "", "x" * 10_000, "nul\0", "\u05e9\u05dc\u05d5\u05dd \u202e", "\U0001f469\u200d\U0001f467",
+        "<|endoftext|>", "<|startoftext|> b <|endoftext|> b", "!!!", "\x85 \u2028",
+    ]  # fmt: skip
+    ids = tokenizer.encode(tok, texts, 77)
+    assert ids.shape == (9, 77)
+    assert (ids[:, 0] == 798).all()
+    assert (ids < 800).all()
+    assert ((ids == 799).sum(axis=1) == [1, 1, 1, 1, 1, 2, 2, 1, 1]).all()
+    assert np.count_nonzero(ids[1]) == 77  # no pad: the end is the last of all
+    for row in (0, 8):
+        assert ids[row].tolist() == [798, 799] + [0] * 75
 
 
 def test_a_tokenizer_saved_by_transformers_is_read_back(trained, tmp_path):

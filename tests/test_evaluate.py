@@ -1,6 +1,7 @@
 """Stage `evaluate`: what may be interrupted, what a protocol is, and what is refused."""
 
 import io
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,8 @@ from sdprune_jax import checkpoint, config, pipeline, sharding
 from sdprune_jax.data import tokenizer
 from sdprune_jax.evaluate import images, networks, run, scores, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Metric
-from sdprune_jax.metrics import clip_score
+from sdprune_jax.metrics import clip_score, embedded
+from sdprune_jax.models import inception
 
 _SETTINGS = {
     "size": (16, 16), "seed": 3, "guidance_scale": 2.0, "negative_prompt": "", "batch_size": 2,
@@ -129,6 +131,19 @@ def test_figures_of_features_that_are_known():
     cosine = _of("clip_score", {"own": x, "other": x[::-1]}, None, x)
     assert cosine["own"]["value"] == pytest.approx(2, rel=1e-6)
     assert cosine["other"]["value"] == pytest.approx(2 * np.sum(x * x[::-1]) / 300, rel=1e-5)
+
+
+def test_recall_counts_a_tie_against_an_image():
+    similarity = np.array([[0.9, 0.1, 0.2], [0.5, 0.5, 0.1], [0.3, 0.2, 0.1]])
+    found = [embedded.recall_at(k, similarity, np.array([0, 1, 2])).tolist() for k in (1, 2, 3)]
+    assert found == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+def test_inception_sees_pixels_as_pytorch_fid_scales_them(monkeypatch):
+    network = types.SimpleNamespace(apply=lambda _, x: x.mean(axis=(1, 2)))
+    monkeypatch.setattr(inception, "InceptionV3", lambda: network)
+    pixels = jnp.asarray([0, 51, 255], jnp.uint8).reshape(1, 1, 1, 3)
+    np.testing.assert_allclose(networks._embed_inception({}, pixels), [[-1, -0.6, 1]], atol=1e-6)
 
 
 def test_a_distance_without_reference_pictures_is_refused():

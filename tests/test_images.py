@@ -152,6 +152,8 @@ def test_modes_become_rgb(tmp_path):
     assert loaded(png, np.array(colours, np.uint8), "RGB") == colours
     ink = np.array([[[100, 0, 200, 0], [0, 0, 0, 255]]], np.uint8)
     assert loaded(tiff, ink, "CMYK") == [[[155, 255, 55], [0, 0, 0]]]
+    printed = loaded(tmp_path / "a.jpg", np.tile(ink[:, :1], (16, 16, 1)), "CMYK")
+    np.testing.assert_allclose(printed[8][8], [155, 255, 55], rtol=0, atol=2)  # stored inverted
     palette = {"info": {"putpalette": ([10, 20, 30, 40, 50, 60],)}}
     indices = np.array([[0, 1]], np.uint8)
     assert loaded(png, indices, "P", **palette) == colours

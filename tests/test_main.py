@@ -147,8 +147,11 @@ def test_run_without_a_stage_is_refused_and_writes_nothing(tmp_path):
 
 
 def test_workdir_that_cannot_be_written_is_refused(file):
-    with pytest.raises(ValueError, match=re.escape("--config.workdir=DIRECTORY")):
-        main.save(config.Run(workdir=str(file / "below")))
+    for path in (file / "below", file.with_name(256 * "x")):  # of too many letters
+        with pytest.raises(ValueError, match=re.escape("--config.workdir=DIRECTORY")):
+            main.save(config.Run(workdir=str(path)))
+        with pytest.raises(ValueError, match="cannot be written"), main.alone(str(path)):
+            pytest.fail("let in")
 
 
 def test_second_run_in_a_directory_is_refused_while_the_first_lives(tmp_path):

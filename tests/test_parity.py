@@ -165,15 +165,25 @@ def test_text_encoder_equals_transformers(name):
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_clip_equals_transformers(name):
+def test_clip_equals_transformers_layer_by_layer(name):
     config, ids = _clip(name)
     reference = transformers.CLIPModel(transformers.CLIPConfig(**config.to_json()))
     params = _params(_randomise(reference, 0), clip.clip_param_shapes(config))
     size = config.vision.image_size
     images = np.random.default_rng(3).normal(size=(3, size, size, 3)).astype(np.float32)
-    texts, pictures, scale = _apply(clip.CLIP(config), params, ids, images)
+    is_layer = lambda module, _: isinstance(module, clip.EncoderLayer)
+    apply = lambda params, *inputs: clip.CLIP(config).apply(
+        {"params": params}, *inputs, capture_intermediates=is_layer, mutable=["intermediates"]
+    )
+    (texts, pictures, scale), intermediates = jax.jit(apply)(params, ids, images)
     with torch.no_grad():
-        want = reference(torch.from_numpy(ids), _nchw(images))
+        want = reference(torch.from_numpy(ids), _nchw(images), output_hidden_states=True)
+    towers = {"text_model": want.text_model_output, "vision_model": want.vision_model_output}
+    for tower, output in towers.items():
+        layers = intermediates["intermediates"][tower]
+        assert len(layers) == len(output.hidden_states) - 1  # before the layers, and after each
+        for i, state in enumerate(output.hidden_states[1:]):
+            _assert_close(layers[f"encoder.layers.{i}"]["__call__"][0], state)
     _assert_close(texts, want.text_embeds)
     _assert_close(pictures, want.image_embeds)
     np.testing.assert_allclose(scale, np.exp(params["logit_scale"]), rtol=1e-6)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, pipeline, sharding
+from sdprune_jax import checkpoint, config, generate, pipeline, sharding
 from sdprune_jax.data import tokenizer
 from sdprune_jax.metrics import paired
 
@@ -63,3 +63,12 @@ def test_images_that_are_not_finite_are_refused():
     images[1, 0, 0, 0] = np.nan
     with pytest.raises(FloatingPointError, match=r"images \[1\]"):
         pipeline.to_bytes(images)
+
+
+def test_pictures_that_cannot_be_decoded_or_split_are_refused_before_any_work(tmp_path):
+    section = config.Generate(num_prompts=2, batch_size=12, height=66)
+    asked = config.Run(workdir=str(tmp_path / "run"), generate=section)
+    message = r"(?s)height is 66, expected a multiple of 4.*batch_size is 12, .* of\s+the 8 devices"
+    with pytest.raises(ValueError, match=message):
+        generate.run(asked, sharding.make_mesh())
+    assert not (tmp_path / "run").exists()

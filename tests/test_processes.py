@@ -1,6 +1,7 @@
 """Two processes of two devices each, over the loopback: what a pod does, and what happens to it."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -89,6 +90,14 @@ def waits(coordinator, process_id):
     sharding.start_processes(coordinator, 2, process_id)
     print("started", flush=True)
     sharding.of_first(lambda: time.sleep(300))
+
+
+def seeks(coordinator, process_id):
+    """What a process does whose others never come, but that it waits 300 s for them by default."""
+    jax.distributed.initialize = functools.partial(
+        jax.distributed.initialize, initialization_timeout=1
+    )
+    sharding.start_processes(coordinator, 2, process_id)
 
 
 def _start(function, *arguments):
@@ -217,3 +226,13 @@ def test_processes_end_when_the_first_does():
     _, errors = second.communicate(timeout=90)  # 30 s of silence and what it takes to end
     assert second.returncode != 0
     assert b"coordination" in errors, errors.decode()[-3000:]
+
+
+def test_a_process_that_finds_no_other_ends():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    for process in (_start(seeks, address, 0), _start(seeks, "127.0.0.1:1", 1)):
+        _, errors = process.communicate(timeout=90)
+        assert process.returncode != 0
+        assert b"DEADLINE_EXCEEDED" in errors, errors.decode()[-3000:]

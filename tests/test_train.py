@@ -1,10 +1,12 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +32,10 @@ def _batch_at(step):
     return {"x": x[rows], "y": np.ones((16, 16), np.float32)}
 
 
-def _fit(directory, batch_at=_batch_at, log_every=1):
+def _fit(directory, batch_at=_batch_at, log_every=1, mesh=None, loss=_loss):
     return train.fit(
-        _loss, _PARAMS, train.adamw(1e-2, 2, _STEPS, 0.1, 1.0), batch_at,
-        {"scale": jnp.float32(2.0)}, mesh=sharding.make_mesh(1, jax.device_count()),
+        loss, _PARAMS, train.adamw(1e-2, 2, _STEPS, 0.1, 1.0), batch_at,
+        {"scale": jnp.float32(2.0)}, mesh=mesh or sharding.make_mesh(1, jax.device_count()),
         num_steps=_STEPS, ema_decay=0.9, seed=3, directory=directory, log_every=log_every,
         save_every=4,
     )  # fmt: skip
@@ -93,13 +95,15 @@ def test_every_row_is_seen_once_an_epoch():
     assert list(seen[:10]) != list(seen[10:])
 
 
+def test_data_of_fewer_rows_than_a_batch_is_repeated_evenly():
+    batches = [train.rows_of_batch(3, 8, step, seed=5) for step in range(3)]
+    assert np.bincount(np.concatenate(batches)).tolist() == [8, 8, 8]
+    assert all(np.bincount(rows, minlength=3).min() >= 2 for rows in batches)
+
+
 def test_killed_runs_resume_to_the_same_bits(tmp_path):
     def run(name, expected, *arguments):
-        source = f"import test_train; test_train.killed({str(tmp_path / name)!r}, *{arguments!r})"
-        here = pathlib.Path(__file__).parent
-        env = os.environ | {"PYTHONPATH": f"{here}:{here.parent}"}
-        done = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True)
-        assert done.returncode == expected, done.stderr.decode()[-2000:]
+        _run_apart(expected, f"killed({str(tmp_path / name)!r}, *{arguments!r})")
 
     def newest():
         paths = (tmp_path / "killed" / "checkpoints").iterdir()
@@ -115,10 +119,50 @@ def test_killed_runs_resume_to_the_same_bits(tmp_path):
     run("killed", 0, None)
     results = [np.load(tmp_path / name / "ema.npy") for name in ("whole", "killed")]
     assert results[0].tobytes() == results[1].tobytes()
+    left = [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()]
+    assert all(name.isdigit() for name in left), left  # and nothing half-written
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
     losses = [[line.split('"loss"')[1] for line in text.splitlines()] for text in lines]
     assert len(losses[0]) == _STEPS
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (2, 1), (1, 4), (8, 1)])
+def test_a_training_goes_on_from_any_mesh_with_the_same_losses(tmp_path, monkeypatch, data, fsdp):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_BYTES", 0)
+    meshes = [
+        sharding.make_mesh(*shape, jax.devices()[: shape[0] * shape[1]])
+        for shape in ((data, fsdp), (2, 4))
+    ]
+    whole = _fit(tmp_path / "whole", mesh=meshes[1])
+
+    def is_told_to_stop(step):
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return _batch_at(step)
+
+    for name, (first, second) in {"there": meshes, "back": meshes[::-1]}.items():
+        directory = tmp_path / name
+        with pytest.raises(SystemExit, match="143"):
+            _fit(directory, is_told_to_stop, mesh=first)
+        ema = _fit(directory, mesh=second)
+        np.testing.assert_allclose(ema["w"], whole["w"], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(_losses(directory), _losses(tmp_path / "whole"), rtol=1e-6)
+
+
+def _losses(directory):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def _run_apart(expected, call):
+    """Calls a function of this file in a process of its own, which ends with a status."""
+    here = pathlib.Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": f"{here}:{here.parent}"}
+    command = [sys.executable, "-c", f"import test_train; test_train.{call}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == expected, done.stderr[-2000:]
+    return done.stderr
 
 
 def killed(directory, kill_at, number=signal.SIGKILL, times=1):
@@ -159,6 +203,29 @@ def test_training_whose_checkpoints_have_no_room_does_not_begin(tmp_path, monkey
         _fit(tmp_path / "run", lambda _: pytest.fail("began"))
 
 
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_spares_the_one_before(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert "File too large" in _run_apart(1, f"without_room({str(checkpoints)!r})")
+    assert [path.name for path in checkpoints.iterdir() if path.name.isdigit()] == ["4"]
+    steps = []
+    _fit(tmp_path / "run", lambda step: (steps.append(step), _batch_at(step))[1])
+    assert steps[0] == 4
+
+
+def without_room(checkpoints):
+    """Trains, and may write no large files any more once the first checkpoint is there."""
+
+    def batch_at(step):
+        if step == 6:
+            while not (pathlib.Path(checkpoints) / "4").is_dir():  # it is written meanwhile
+                time.sleep(0.01)
+            most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, most))  # bytes of a file
+        return _batch_at(step)
+
+    _fit(pathlib.Path(checkpoints).parent, batch_at)
+
+
 def test_training_goes_on_from_the_step_before_a_damaged_one(tmp_path):
     whole = np.asarray(_fit(tmp_path / "run")["w"]).tobytes()
     newest = tmp_path / "run" / "checkpoints" / str(_STEPS)
@@ -189,3 +256,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
     with pytest.raises(FloatingPointError, match=r"loss.* between steps 5 and 6.*of step 4"):
         _fit(tmp_path / "run", batch_at)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path):
+    def loss_fn(params, frozen, batch, key):
+        loss, metrics = _loss(params, frozen, batch, key)
+        return loss + jnp.sqrt(jnp.sum(0 * params["w"])), metrics  # whose slope at 0 is infinite
+
+    with pytest.raises(FloatingPointError, match=r"run: grad_norm not finite.*of step 0"):
+        _fit(tmp_path / "run", loss=loss_fn)
+    assert not [*(tmp_path / "run" / "checkpoints").glob("[0-9]*")]
