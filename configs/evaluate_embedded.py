@@ -25,7 +25,7 @@ def get_config(size: str | None = None) -> config.Run:
     )  # fmt: skip
     training = config.Training(
         num_steps=40, batch_size=16, learning_rate=5e-4, warmup_steps=10, weight_decay=0.0,
-        ema_decay=0.95, num_evals=1,
+        ema_decay=0.95, num_evals=0,
     )  # fmt: skip
     run = config.Run(
         workdir="runs/evaluate_embedded",

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -41,6 +42,8 @@ def start_processes(coordinator: str, num_processes: int, process_id: int) -> No
         return
     # It would swallow SIGTERM, in stages that train nothing too; `signals` sees to it.
     jax.config.update("jax_enable_preemption_service", False)
+    # When the time is over, the process is aborted, and what JAX says then names no address.
+    logging.info("%s: looking for the other processes, for 5 minutes", given)
     address = (coordinator, num_processes, process_id) if explicit else (None, None, None)
     try:
         jax.distributed.initialize(

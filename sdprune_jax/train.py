@@ -144,7 +144,8 @@ def fit_section(
         loss_fn, params, optimizer, batch_at, frozen,
         mesh=mesh, num_steps=section.num_steps, ema_decay=section.ema_decay, seed=seed,
         directory=directory, log_every=section.log_every, save_every=section.save_every,
-        evaluate=evaluate, eval_every=max(section.num_steps // section.num_evals, 1),
+        evaluate=evaluate if section.num_evals else None,
+        eval_every=max(section.num_steps // max(section.num_evals, 1), 1),
     )  # fmt: skip
 
 

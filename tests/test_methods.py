@@ -105,9 +105,10 @@ def test_a_sparsity_of_zero_or_below_one_weight_changes_no_bit(settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [  # not alps, which fits all weights anew, nor owl, which allocates anew
+    [  # not alps, which fits all weights anew
         {"method": "random"}, {"method": "magnitude"}, {"threshold": "rz"}, {"group": "component"},
         {"method": "wanda"}, {"method": "taylor"}, {"method": "sparsegpt"},
+        {"allocation": "owl", "owl_multiple": 1.5},
     ],
     ids=str,
 )  # fmt: skip

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 from PIL import Image
 
 from sdprune_jax import config, main, sharding, train
@@ -94,6 +95,7 @@ def waits(coordinator, process_id):
 
 def seeks(coordinator, process_id):
     """What a process does whose others never come, but that it waits 300 s for them by default."""
+    logging.set_verbosity(logging.INFO)
     jax.distributed.initialize = functools.partial(
         jax.distributed.initialize, initialization_timeout=1
     )
@@ -236,3 +238,4 @@ def test_a_process_that_finds_no_other_ends():
         _, errors = process.communicate(timeout=90)
         assert process.returncode != 0
         assert b"DEADLINE_EXCEEDED" in errors, errors.decode()[-3000:]
+        assert b"looking for the other processes" in errors  # with their address

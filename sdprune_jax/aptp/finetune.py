@@ -178,13 +178,14 @@ def _train_expert(
         picked = train.rows_of_batch(len(mine), training.batch_size, step, run.seed)
         return examples["train"].batch(mine[picked], [run.seed, step])
 
-    evaluate = _evaluator(loss_fn, examples["val"], rows["val"], training.batch_size, frozen, mesh)
+    unseen = rows["val"] if training.num_evals else rows["val"][:0]
+    evaluate = _evaluator(loss_fn, examples["val"], unseen, training.batch_size, frozen, mesh)
     before = evaluate(params)
     params = train.fit(
         loss_fn, params, make_optimizer(section), batch_at, frozen,
         mesh=mesh, num_steps=training.num_steps, ema_decay=training.ema_decay, seed=run.seed,
         directory=directory, log_every=training.log_every, save_every=training.save_every,
-        evaluate=evaluate, eval_every=max(training.num_steps // training.num_evals, 1),
+        evaluate=evaluate, eval_every=max(training.num_steps // max(training.num_evals, 1), 1),
     )  # fmt: skip
     dtype = jnp.dtype(section.save_dtype)
     checkpoint.save(expert, {"unet": params}, target, dtype=dtype, overwrite=target.exists())

@@ -96,7 +96,8 @@ def packages(
     if problems:
         raise ValueError(
             f"the statistic ({statistic}) of a layer exceeds the limit of {max_bytes:,} bytes:"
-            " raise the limit, or leave these layers out:\n  " + "\n  ".join(problems)
+            " raise calibration.max_gigabytes, or leave these layers out:\n  "
+            + "\n  ".join(problems)
         )
     return found
 

@@ -95,6 +95,13 @@ def removed_of_each(
     else:
         sparsities = _by_outliers(kernels, others, section, stats, sparsity)
         removed = allocate.counts(others, sparsities)
+        # What is sparse enough already has other outliers than it had: it keeps its own shares.
+        zeros = {
+            path: min(size - int(np.count_nonzero(kernels[path])), size - 1)
+            for path, size in others.items()
+        }
+        if sum(zeros.values()) >= sum(removed.values()):
+            removed = zeros
     return {path: (alone | removed)[path] for path in kernels}
 
 
