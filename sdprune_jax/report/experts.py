@@ -183,7 +183,9 @@ def _site(name: str) -> str:
 
 def _numbers(files: Files) -> str:
     """Every expert in numbers; losses on unseen prompts, if it was fine-tuned."""
-    trained = {row["directory"]: row for row in files.finetuned.get("experts", [])}
+    trained = {
+        row["directory"]: row for row in files.finetuned.get("experts", []) if row["after"]
+    }  # as far as it was measured
     columns = ["expert", "prompts to learn from", "MACs, of dense", "parameters, of dense"]
     rows = [
         [
