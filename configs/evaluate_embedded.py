@@ -3,7 +3,7 @@
 Pruned: text encoder 47.5 % and UNet 35 % by layer-wise magnitude
 (https://arxiv.org/abs/2411.15113). Experts: APTP (https://arxiv.org/abs/2406.12042) at 80 % of the
 UNet's MACs, trained briefly, the router for 100 steps and each expert for 40: what they lose is
-what is left to train, see `aptp_emoji.py`. All under the protocol `embedded`: 256 training
+what is left to train, see `aptp_emoji.py`. All under the protocol `embedded`: 192 training
 captions, 25 steps of PNDM, guidance 3. About 9 minutes on 2 cores, compiling included, and it goes
 on where it was stopped.
 
@@ -35,7 +35,7 @@ def get_config(size: str | None = None) -> config.Run:
         assign=config.Assign(),
         materialise=config.Materialise(),
         finetune=config.Finetune(training=training),
-        evaluate=config.Evaluate(batch_size=16, num_images=256),
+        evaluate=config.Evaluate(batch_size=16, num_images=192),
         report=config.Report(title="The embedded model, measured"),
     )
     return config.resize(run, size)
