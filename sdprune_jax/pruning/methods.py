@@ -100,7 +100,7 @@ def removed_of_each(
             path: min(size - int(np.count_nonzero(kernels[path])), size - 1)
             for path, size in others.items()
         }
-        if sum(zeros.values()) >= sum(removed.values()):
+        if 0 < sum(removed.values()) <= sum(zeros.values()):
             removed = zeros
     return {path: (alone | removed)[path] for path in kernels}
 
