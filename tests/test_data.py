@@ -153,14 +153,16 @@ def test_encode_frames_pads_and_truncates(trained):
     assert np.count_nonzero(ids[2]) == 12
 
 
-def test_any_text_becomes_seventy_seven_tokens(trained):
+def test_any_text_becomes_seventy_seven_tokens(trained, caplog):
     _, tok = trained
     texts = [
         "", "x" * 10_000, "nul\0", "\u05e9\u05dc\u05d5\u05dd \u202e", "\U0001f469\u200d\U0001f467",
         "<|endoftext|>", "<|startoftext|> b <|endoftext|> b", "!!!", "\x85 \u2028",
     ]  # fmt: skip
-    ids = tokenizer.encode(tok, texts, 77)
+    with caplog.at_level("WARNING", "absl"):
+        ids = tokenizer.encode(tok, texts, 77)
     assert ids.shape == (9, 77)
+    assert caplog.messages == ["1 of 9 texts have more than 77 tokens: cut"]
     assert (ids[:, 0] == 798).all()
     assert (ids < 800).all()
     assert ((ids == 799).sum(axis=1) == [1, 1, 1, 1, 1, 2, 2, 1, 1]).all()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tokenizers
 import transformers
+from absl import logging
 from jaxtyping import Int32
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
@@ -99,14 +100,25 @@ def load(directory: str | os.PathLike[str]) -> transformers.CLIPTokenizer:
 
 
 def encode(
-    tokenizer: transformers.CLIPTokenizer, texts: Sequence[str], max_length: int
+    tokenizer: transformers.CLIPTokenizer,
+    texts: Sequence[str],
+    max_length: int,
+    *,
+    warns: bool = True,
 ) -> Int32[np.ndarray, "n max_length"]:
     """Start, text, end and padding; a longer text loses its last words, not its end.
 
+    How many do is said in a warning, if it `warns`.
+
     Stable Diffusion 2 pads with "!", and so swallows every "!" of a text.
     """
-    ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=max_length)
-    return np.array(ids["input_ids"], np.int32)
+    found = tokenizer(list(texts), padding="max_length", truncation=True, max_length=max_length)
+    ids = np.array(found["input_ids"], np.int32)
+    full = np.flatnonzero(ids[:, -1] == tokenizer.eos_token_id) if warns and len(ids) else ()
+    whole = tokenizer([texts[i] for i in full], verbose=False)["input_ids"] if len(full) else []
+    if cut := sum(len(row) > max_length for row in whole):
+        logging.warning("%d of %d texts have more than %d tokens: cut", cut, len(ids), max_length)
+    return ids
 
 
 def _untrained(model: models.BPE) -> tokenizers.Tokenizer:

@@ -127,7 +127,7 @@ def draw_captions(
         captions.augmented(rng, concepts[pairs.concept[row]], styles[pairs.style[row]].word)
         for row in rows
     ]
-    return tokenizer.encode(words, texts, length)
+    return tokenizer.encode(words, texts, length, warns=False)  # it would at every step
 
 
 def varied(images: Float[Array, "b h w 3"], key: Key[Array, ""]) -> Float[Array, "b h w 3"]:
