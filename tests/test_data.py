@@ -162,7 +162,7 @@ def test_any_text_becomes_seventy_seven_tokens(trained, caplog):
     with caplog.at_level("WARNING", "absl"):
         ids = tokenizer.encode(tok, texts, 77)
     assert ids.shape == (9, 77)
-    assert caplog.messages == ["1 of 9 texts have more than 77 tokens: cut"]
+    assert caplog.messages == ["1 of 9 texts have over 77 tokens: cut"]
     assert (ids[:, 0] == 798).all()
     assert (ids < 800).all()
     assert ((ids == 799).sum(axis=1) == [1, 1, 1, 1, 1, 2, 2, 1, 1]).all()

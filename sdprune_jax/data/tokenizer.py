@@ -114,10 +114,13 @@ def encode(
     """
     found = tokenizer(list(texts), padding="max_length", truncation=True, max_length=max_length)
     ids = np.array(found["input_ids"], np.int32)
-    full = np.flatnonzero(ids[:, -1] == tokenizer.eos_token_id) if warns and len(ids) else ()
-    whole = tokenizer([texts[i] for i in full], verbose=False)["input_ids"] if len(full) else []
-    if cut := sum(len(row) > max_length for row in whole):
-        logging.warning("%d of %d texts have more than %d tokens: cut", cut, len(ids), max_length)
+    if warns:  # most texts end before the last place: no need to look at them again
+        full = [
+            text for text, row in zip(texts, ids, strict=True) if row[-1] == tokenizer.eos_token_id
+        ]
+        whole = tokenizer(full, verbose=False)["input_ids"] if full else []
+        if cut := sum(len(row) > max_length for row in whole):
+            logging.warning("%d of %d texts have over %d tokens: cut", cut, len(ids), max_length)
     return ids
 
 
