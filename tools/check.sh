@@ -8,8 +8,8 @@ export JAX_PLATFORMS=cpu
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR-$HOME/.cache/sdprune_jax/xla}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # torch in two workers would fight for two cores
-if [[ -d .venv/tpu ]]; then export PYTHONPATH="$PWD/.venv/tpu${PYTHONPATH:+:$PYTHONPATH}"; fi
 ruff format --check .
 ruff check .
 pyrefly check
+if [[ -d .venv/tpu ]]; then export PYTHONPATH="$PWD/.venv/tpu${PYTHONPATH:+:$PYTHONPATH}"; fi
 python -m pytest -q -n 2 "$@"
