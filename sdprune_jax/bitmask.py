@@ -1,6 +1,6 @@
 """The layouts sparse-bitmask and sparse-24-bitmask of compressed-tensors: zeros take one bit each.
 
-Needs numpy alone. Only the bit pattern 0 is a zero; -0.0 is stored as any other value is. So arrays
+Needs no JAX. Only the bit pattern 0 is a zero; -0.0 is stored as any other value is. So arrays
 come back bit for bit, NaNs with their payloads too, and who masks by multiplication packs badly.
 An array is laid out as rows in the order of torch: [out, rest] of more than two axes, [1, n] of
 one; `shape` holds its own. The readers of compressed-tensors, the last in 0.14, know two axes only.

@@ -19,4 +19,4 @@ class Training:
     ema_decay: float = within(0.999, 0.0, 1.0)
     log_every: int = within(50, 1, 10**9)  # steps
     save_every: int = within(500, 1, 10**9)  # steps
-    num_evals: int = within(8, 0, 10**6)  # of the averaged parameters, the last one at the end
+    num_evals: int = within(8, 0, 10**6)  # of the averaged parameters, the last at the end; 0: none
