@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from sdprune_jax import sharding, train
+from sdprune_jax import config, sharding, train
 
 _STEPS = 12
 _PARAMS = {"w": np.linspace(-1, 1, 32 * 16, dtype=np.float32).reshape(32, 16)}
@@ -266,3 +266,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path
     with pytest.raises(FloatingPointError, match=r"run: grad_norm not finite.*of step 0"):
         _fit(tmp_path / "run", loss=loss_fn)
     assert not [*(tmp_path / "run" / "checkpoints").glob("[0-9]*")]
+
+
+@pytest.mark.parametrize(("num_evals", "steps"), [(0, []), (2, [3, 6])])
+def test_a_training_is_evaluated_as_often_as_its_section_says(tmp_path, num_evals, steps):
+    section = config.Training(num_steps=6, batch_size=16, warmup_steps=2, num_evals=num_evals)
+    train.fit_section(
+        section, _loss, _PARAMS, _batch_at, {"scale": jnp.float32(2.0)},
+        lambda params: {"val_size": float(jnp.linalg.norm(params["w"]))}, 0,
+        sharding.make_mesh(1, jax.device_count()), tmp_path,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val_size" in line] == steps
