@@ -1,7 +1,6 @@
 """One training loop for every model: only the loss and the data differ."""
 
 import contextlib
-import math
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import logging
 from jax.sharding import Mesh
@@ -26,6 +24,7 @@ Params = Any
 Batch = Mapping[str, Any]
 Metrics = dict[str, Float[Array, ""]]
 _SIGNAL = "signal"  # in the batch, of every process; in the metrics, the highest
+_MAX_SKIPPED = 10  # in a row
 
 # (trainable, frozen, batch, key) -> (loss, metrics)
 LossFn = Callable[[Params, Params, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
@@ -94,7 +93,8 @@ def make_train_step(
 
     Returns:
         `(state, frozen, batch, key) -> (state, metrics)`. The input state's buffers are donated,
-        and `key` may be the same for every step: the step number is folded in.
+        and `key` may be the same for every step: the step number is folded in. If any metric or
+        the gradient is not finite, nothing but the step number moves, and `skipped` is 1.
     """
 
     @partial(
@@ -115,7 +115,10 @@ def make_train_step(
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
         metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        is_finite = jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
+        moved = TrainState(state.step, params, ema, opt_state)
+        state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), moved, state)
+        return state._replace(step=state.step + 1), metrics | {train_log.SKIPPED: ~is_finite}
 
     return train_step
 
@@ -169,7 +172,8 @@ def fit(
     """Trains to `num_steps`, or resumes from the newest intact checkpoint below `directory`.
 
     Writes `metrics.jsonl` and TensorBoard events beside the checkpoints. When a process gets
-    SIGTERM or Ctrl-C, all of them save the same step and exit; a second signal kills at once.
+    SIGTERM or Ctrl-C, all of them save the same step and exit; a second signal kills at once. A
+    step whose loss or gradient is not finite is skipped and counted; 10 in a row end the training.
 
     Args:
         loss_fn: `(params, frozen, batch, key) -> (loss, metrics)`.
@@ -191,7 +195,7 @@ def fit(
         The moving average of the parameters.
 
     Raises:
-        FloatingPointError: if the loss or the gradient is not finite; nothing of it is saved.
+        FloatingPointError: if so many steps were skipped; nothing of them is in any checkpoint.
         SystemExit: after a signal, with status 128 + its number: 143 for SIGTERM.
         ValueError: if there are checkpoints, but all are damaged or of another training; or there
             is no room for them.
@@ -213,7 +217,7 @@ def fit(
             train_checkpoints.check_space(checkpoints, abstract)
         manager = stack.enter_context(train_checkpoints.open_manager(checkpoints))
         log = stack.enter_context(contextlib.closing(train_log.Log(directory, start)))
-        pending: list[Metrics] = []
+        recent = train_log.Recent()
         arrived: list[Any] = [0]  # signals, by step
         bar = stack.enter_context(
             tqdm(total=num_steps, initial=start, desc=name, disable=not sys.stderr.isatty())
@@ -223,21 +227,21 @@ def fit(
             batch = {**batch, _SIGNAL: sharding.of_processes(caught(), mesh)}
             state, metrics = step_fn(state, frozen, batch, key)
             arrived.append(metrics.pop(_SIGNAL))
-            pending.append(metrics)
+            recent.add(step + 1, metrics)
             bar.update()
             done, last = step + 1, step + 1 == num_steps
             number = int(arrived.pop(0))  # of the step before: not to wait for this one
             logs, saves = done % log_every == 0 or last, done % save_every == 0 or last or number
-            figures = _mean(pending) if logs or saves else {}
-            if bad := [k for k, value in figures.items() if not math.isfinite(value)]:
-                raise FloatingPointError(
-                    f"{name}: {', '.join(bad)} not finite between steps {done - len(pending)} and"
-                    f" {done}; lower the learning rate, then run again: it resumes from the"
-                    f" checkpoint of step {manager.latest_step() or 0}"
-                )
+            if logs or saves:
+                skipped, bad = recent.fetch()
+                if skipped >= min(_MAX_SKIPPED, num_steps - start):
+                    raise FloatingPointError(
+                        f"{name}: {', '.join(bad)} not finite in {skipped} steps in a row before"
+                        f" step {done}; lower the learning rate, then run again: it resumes from"
+                        f" the checkpoint of step {manager.latest_step() or 0}"
+                    )
             if logs:
-                log.write(done, num_steps, figures)
-                pending = []
+                log.write(done, num_steps, recent.means())
             if evaluate and not number and ((eval_every and done % eval_every == 0) or last):
                 log.write(done, num_steps, evaluate(state.ema))
             if saves:
@@ -260,8 +264,3 @@ def _pass_signal(loss_fn: LossFn) -> LossFn:
         return loss, metrics | {_SIGNAL: jnp.max(batch[_SIGNAL])}
 
     return loss_and_signal
-
-
-def _mean(metrics: list[Metrics]) -> dict[str, float]:
-    fetched = jax.device_get(metrics)
-    return {key: float(np.mean([m[key] for m in fetched])) for key in fetched[0]}

@@ -1,12 +1,19 @@
 """The figures of a training, step by step: on the screen, in a file and for TensorBoard."""
 
 import json
+import math
 import pathlib
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import numpy as np
 import tensorboardX
+from absl import logging
 from tqdm import tqdm
+
+SKIPPED = "skipped"  # in the metrics of a step: whether it was; in the log: how many were
 
 
 class Log:
@@ -41,3 +48,43 @@ class Log:
         if self._writes:
             self._file.close()
             self._events.close()
+
+
+class Recent:
+    """Metrics of the steps since the last line of the log, on the device until asked for."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, Mapping[str, Any]]] = []
+        self._fetched: list[Mapping[str, Any]] = []
+        self._in_a_row = 0
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._pending.append((step, metrics))
+
+    def fetch(self) -> tuple[int, list[str]]:
+        """Waits for the steps.
+
+        Returns:
+            The most steps in a row that were skipped, and what was not finite in the last of them.
+        """
+        most, bad = 0, []
+        for step, metrics in jax.device_get(self._pending):
+            self._fetched.append(metrics)
+            if not metrics[SKIPPED]:
+                self._in_a_row = 0
+                continue
+            self._in_a_row += 1
+            bad = [key for key, value in metrics.items() if not math.isfinite(value)]
+            most = max(most, self._in_a_row)
+            logging.warning("step %d is skipped: %s not finite", step, ", ".join(bad))
+        self._pending = []
+        return most, bad
+
+    def means(self) -> dict[str, float]:
+        """Of the steps that were not skipped; `skipped` is how many were, if any."""
+        kept = [metrics for metrics in self._fetched if not metrics[SKIPPED]]
+        skipped = len(self._fetched) - len(kept)
+        self._fetched = []
+        names = [key for key in kept[0] if key != SKIPPED] if kept else []
+        figures = {key: float(np.mean([metrics[key] for metrics in kept])) for key in names}
+        return figures | ({SKIPPED: float(skipped)} if skipped else {})

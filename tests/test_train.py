@@ -239,23 +239,46 @@ def test_training_goes_on_from_the_step_before_a_damaged_one(tmp_path):
     assert np.asarray(ema["w"]).tobytes() == whole
 
 
-def test_a_loss_that_is_not_finite_is_not_saved_between_two_lines_of_the_log(tmp_path):
+def _broken_from(first, last):
     def batch_at(step):
         batch = _batch_at(step)
-        return batch | {"y": batch["y"] * np.float32("nan")} if step == 5 else batch
+        return batch | {"y": batch["y"] * np.float32("nan")} if first <= step <= last else batch
 
-    with pytest.raises(FloatingPointError, match=r"loss.* between steps 0 and 8.*of step 4"):
-        _fit(tmp_path / "run", batch_at, log_every=12)
-    assert not (tmp_path / "run" / "checkpoints" / "8").exists()
+    return batch_at
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    def batch_at(step):
-        batch = _batch_at(step)
-        return batch | {"y": batch["y"] * np.float32("nan")} if step == 5 else batch
+def test_a_step_that_is_not_finite_moves_nothing_but_its_number():
+    mesh, optimizer = sharding.make_mesh(1, 8), train.adamw(1e-2, 0, 10, 0.1, 1.0)
+    state = train.init_state(jax.tree.map(jnp.asarray, _PARAMS), optimizer)
+    shardings = sharding.fsdp_shardings(state, mesh, min_bytes=0)
+    step = train.make_train_step(_loss, optimizer, mesh, shardings, ema_decay=0.9)
+    before = jax.device_get(state)
+    batch = sharding.place(_broken_from(0, 0)(0), sharding.batch_sharding(mesh))
+    after, metrics = step(
+        sharding.place(state, shardings), {"scale": jnp.float32(2)}, batch, jax.random.key(1)
+    )
+    assert metrics["skipped"]
+    assert after.step == 1
+    same = lambda x, y: np.testing.assert_array_equal(x, y, strict=True)
+    jax.tree.map(same, before._replace(step=np.int32(1)), jax.device_get(after))
 
-    with pytest.raises(FloatingPointError, match=r"loss.* between steps 5 and 6.*of step 4"):
-        _fit(tmp_path / "run", batch_at)
+
+@pytest.mark.parametrize("log_every", [1, 12])
+def test_steps_that_are_not_finite_are_skipped_and_counted(log_every, tmp_path, caplog):
+    ema = _fit(tmp_path / "run", _broken_from(5, 6), log_every)
+    assert np.isfinite(ema["w"]).all()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert sum(json.loads(line).get("skipped", 0) for line in lines) == 2
+    assert "NaN" not in "".join(lines)
+    told = [text for text in caplog.messages if "is skipped" in text]
+    assert told == [f"step {n} is skipped: grad_norm, loss not finite" for n in (6, 7)]
+
+
+@pytest.mark.parametrize(("log_every", "before"), [(1, 11), (12, 12)])
+def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(log_every, before, tmp_path):
+    want = rf"grad_norm, loss not finite in 1\d steps .* before step {before};.* of step 8"
+    with pytest.raises(FloatingPointError, match=want):
+        _fit(tmp_path / "run", _broken_from(1, 11), log_every)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path):
@@ -263,9 +286,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path
         loss, metrics = _loss(params, frozen, batch, key)
         return loss + jnp.sqrt(jnp.sum(0 * params["w"])), metrics  # whose slope at 0 is infinite
 
-    with pytest.raises(FloatingPointError, match=r"run: grad_norm not finite.*of step 0"):
+    with pytest.raises(FloatingPointError, match=r"run: grad_norm not finite in 10 steps in a row"):
         _fit(tmp_path / "run", loss=loss_fn)
-    assert not [*(tmp_path / "run" / "checkpoints").glob("[0-9]*")]
 
 
 @pytest.mark.parametrize(("num_evals", "steps"), [(0, []), (2, [3, 6])])
