@@ -13,6 +13,11 @@ def get_config(size: str | None = None) -> config.Run:
         num_steps=4500, batch_size=256, learning_rate=2e-3, warmup_steps=200,
         weight_decay=0.1, ema_decay=0.99, log_every=20, save_every=150,
     )  # fmt: skip
+    pretrain.clip.soup_strengths, pretrain.clip.tuning_whole_from = (0.5, 0.7), 480
+    pretrain.clip.tuning = config.Training(
+        num_steps=600, batch_size=256, learning_rate=4e-4, warmup_steps=50, weight_decay=0.1,
+        ema_decay=0.995, log_every=20, save_every=150, num_evals=4,
+    )  # fmt: skip
     pretrain.vae.training = config.Training(
         num_steps=2500, batch_size=16, learning_rate=2e-3, warmup_steps=100,
         ema_decay=0.99, log_every=50, save_every=250,

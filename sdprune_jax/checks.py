@@ -146,11 +146,11 @@ def _clashes(run: config.Run) -> list[str]:
     if not run.pretrain:
         return found
     clip, vae, unet = run.pretrain.clip, run.pretrain.vae, run.pretrain.unet
-    for name, part in (("clip", clip), ("vae", vae), ("unet", unet)):
-        if part.training.warmup_steps >= part.training.num_steps:
+    for name, part in run.pretrain.trainings().items():
+        if part.warmup_steps >= part.num_steps:
             found.append(
-                f"config.pretrain.{name}.training has warmup_steps={part.training.warmup_steps},"
-                f" not fewer than num_steps={part.training.num_steps}"
+                f"config.pretrain.{name} has warmup_steps={part.warmup_steps}, not fewer than"
+                f" num_steps={part.num_steps}"
             )
     for name, part in (("vae", vae), ("unet", unet)):
         if any(width % part.norm_num_groups for width in part.widths):

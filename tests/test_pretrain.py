@@ -9,7 +9,7 @@ import pytest
 from sdprune_jax import config, pipeline, sharding, train
 from sdprune_jax.data import emoji
 from sdprune_jax.models import clip, vae
-from sdprune_jax.pretrain import autoencoder, contrastive, run
+from sdprune_jax.pretrain import autoencoder, contrastive, run, soup
 
 
 def _vae():
@@ -86,6 +86,18 @@ def test_varied_images_stay_on_white():
     np.testing.assert_allclose(varied[:, :8], 1, atol=1e-6)
     assert varied.min() > -1.01
     assert len({image.tobytes() for image in varied}) == 4
+
+
+def test_warped_images_keep_their_white_edge_and_without_strength_all_their_ink():
+    images = np.ones((8, 32, 32, 3), np.float32)
+    images[:, 12:20, 10:22] = (-1, 0, 0.5)
+    warp = jax.jit(soup.warped, static_argnames="strength")
+    moved, turned = (np.asarray(warp(images, jax.random.key(3), strength=s)) for s in (0.0, 1.0))
+    for each in (moved, turned):
+        np.testing.assert_allclose(each[:, :2], 1, atol=1e-3)
+        assert len({image.tobytes() for image in each}) == 8
+    np.testing.assert_allclose((1 - moved).sum((1, 2)), (1 - images).sum((1, 2)), rtol=5e-3)
+    assert np.ptp((1 - turned).sum((1, 2, 3))) > 50  # some are smaller, some paler
 
 
 def test_rows_of_one_group_come_in_runs():

@@ -129,11 +129,15 @@ def resize(run: Run, size: str | None) -> Run:
     run.workdir += "_tiny"
     if run.pretrain:
         run.pretrain.num_images = 64
-        for part in (run.pretrain.clip, run.pretrain.vae, run.pretrain.unet):
-            part.training = dataclasses.replace(
-                part.training, num_steps=4, batch_size=16, warmup_steps=1, cycles=1, log_every=2,
-                save_every=2, num_evals=1,
-            )  # fmt: skip
+        small = {
+            "num_steps": 4, "batch_size": 16, "warmup_steps": 1, "cycles": 1, "log_every": 2,
+            "save_every": 2, "num_evals": 1,
+        }  # fmt: skip
+        for part in run.pretrain.trainings().values():
+            for name, value in small.items():
+                setattr(part, name, value)
+        if run.pretrain.clip.soup_strengths:
+            run.pretrain.clip.soup_strengths = run.pretrain.clip.soup_strengths[:1]
         run.pretrain.clip.text_layers, run.pretrain.clip.vision_layers = 2, 1
         run.pretrain.clip.width, run.pretrain.clip.whole_from = 32, 2
         run.pretrain.vae.widths = (8, 8, 16)

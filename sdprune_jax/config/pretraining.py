@@ -20,6 +20,10 @@ class PretrainCLIP:
     hard_from: int = within(0, 0, 10**9)  # step from which batches are of a few subgroups
     whole_from: int = within(0, 0, 10**9)  # step from which images are read whole, not by half
     training: Training = dataclasses.field(default_factory=Training)
+    # Of the variation of images, each of a tuned copy that is averaged with the CLIP; none: as is.
+    soup_strengths: tuple[float, ...] | None = within(None, 0.0, 2.0)
+    tuning_whole_from: int = within(0, 0, 10**9)  # as whole_from
+    tuning: Training = dataclasses.field(default_factory=Training)
 
 
 @dataclasses.dataclass
@@ -59,3 +63,9 @@ class Pretrain:
     clip: PretrainCLIP = dataclasses.field(default_factory=PretrainCLIP)
     vae: PretrainVAE = dataclasses.field(default_factory=PretrainVAE)
     unet: PretrainUNet = dataclasses.field(default_factory=PretrainUNet)
+
+    def trainings(self) -> dict[str, Training]:
+        """Every training that is asked for, by its name in the section."""
+        tuning = {"clip.tuning": self.clip.tuning} if self.clip.soup_strengths else {}
+        parts = {"clip": self.clip, "vae": self.vae, "unet": self.unet}
+        return {f"{name}.training": part.training for name, part in parts.items()} | tuning

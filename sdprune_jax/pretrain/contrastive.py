@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -63,15 +63,31 @@ def train_clip(
     Sources: CLIP, ICML 2021, figure 3 (https://arxiv.org/abs/2103.00020); FLIP, CVPR 2023
     (https://arxiv.org/abs/2212.00794).
     """
+    training, draw = section.training, make_batches(clip_config, words, data["train"])
+
+    def batch_at(step):
+        is_hard, is_whole = step >= section.hard_from, step >= section.whole_from
+        return draw(step, training.batch_size, seed, is_hard, is_whole)
+
+    params = train.init_params(clip.clip_param_shapes(clip_config), seed)
+    params["logit_scale"] = np.float32(np.log(1 / 0.07))
+    evaluate = lambda params: recall(clip_config, params, words, data["val"])
+    return train.fit_section(
+        training, make_loss(clip_config, varied), params, batch_at, {}, evaluate, seed, mesh,
+        directory,
+    )  # fmt: skip
+
+
+def make_loss(
+    clip_config: clip.CLIPConfig,
+    vary: Callable[[Float[Array, "b h w 3"], Key[Array, ""]], Float[Array, "b h w 3"]],
+) -> train.LossFn:
+    """The contrastive loss of images that are varied; `frozen` has layers of the text tower."""
     apply: Any = clip.CLIP(clip_config).apply
-    pairs, val = data["train"], data["val"]
-    length, training = clip_config.text.max_position_embeddings, section.training
-    names = [concept.subgroup for concept in emoji.concepts()]
-    subgroup = np.unique(names, return_inverse=True)[1][pairs.concept]
 
     def loss_fn(params, frozen, batch, key):
-        del frozen
-        shown = varied(pipeline.to_float(batch["images"]), key)
+        shown = vary(pipeline.to_float(batch["images"]), key)
+        params = whole(params, frozen)
         texts, pictures, scale = apply({"params": params}, batch["ids"], shown, batch.get("kept"))
         logits = jnp.minimum(scale, 100.0) * texts @ pictures.T
         same = batch["concept"][:, None] == batch["concept"][None]  # in another style: no negative
@@ -80,28 +96,46 @@ def train_clip(
         loss = -jnp.mean(jnp.diagonal(both)) / 2
         return loss, {"loss": loss, "scale": scale}
 
-    def batch_at(step):
-        is_hard = step >= section.hard_from
+    return loss_fn
+
+
+def whole(params: train.Params, frozen: train.Params) -> train.Params:
+    """With the layers of the text tower that do not learn, if there are any."""
+    return params | {"text_model": params["text_model"] | frozen}
+
+
+def make_batches(
+    clip_config: clip.CLIPConfig, words: transformers.CLIPTokenizer, pairs: emoji.Pairs
+) -> Callable[[int, int, int, bool, bool], dict[str, np.ndarray]]:
+    """From step, size, seed, and whether concepts are alike and images whole, to a batch."""
+    names = [concept.subgroup for concept in emoji.concepts()]
+    subgroup = np.unique(names, return_inverse=True)[1][pairs.concept]
+    length = clip_config.text.max_position_embeddings
+
+    def draw(step, size, seed, is_hard, is_whole):
         groups = subgroup if is_hard else None
-        rows = train.rows_of_batch(len(subgroup), training.batch_size, step, seed, groups)
+        rows = train.rows_of_batch(len(subgroup), size, step, seed, groups)
         ids = draw_captions(words, pairs, rows, length, [seed, step])
         concept = pairs.concept[rows] if is_hard else np.arange(len(rows), dtype=np.int32)
         batch = {"images": pairs.images[rows], "ids": ids, "concept": concept}
-        if step < section.whole_from:
+        if not is_whole:
             batch["kept"] = halves(len(rows), clip_config.vision, [seed, step])
         return batch
 
-    def evaluate(params):
-        scorer = embedded.Scorer(clip_config, params, words)
-        pictures = np.asarray(pipeline.to_float(val.images))
-        found = scorer.recall(pictures, val.concept, val.style)
-        return {f"val_{name}": float(hits.mean()) for name, hits in found.items()}
+    return draw
 
-    params = train.init_params(clip.clip_param_shapes(clip_config), seed)
-    params["logit_scale"] = np.float32(np.log(1 / 0.07))
-    return train.fit_section(
-        training, loss_fn, params, batch_at, {}, evaluate, seed, mesh, directory
-    )
+
+def recall(
+    clip_config: clip.CLIPConfig,
+    params: train.Params,
+    words: transformers.CLIPTokenizer,
+    pairs: emoji.Pairs,
+) -> dict[str, float]:
+    """The share of pictures that find their concept among all: `val_r_at_1`, `val_r_at_10`."""
+    scorer = embedded.Scorer(clip_config, params, words)
+    pictures = np.asarray(pipeline.to_float(pairs.images))
+    found = scorer.recall(pictures, pairs.concept, pairs.style)
+    return {f"val_{name}": float(hits.mean()) for name, hits in found.items()}
 
 
 def halves(

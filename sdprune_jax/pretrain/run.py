@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from sdprune_jax import checkpoint, config, sharding, tensors
 from sdprune_jax.data import cache, captions, emoji, tokenizer
-from sdprune_jax.pretrain import autoencoder, contrastive, denoiser
+from sdprune_jax.pretrain import autoencoder, contrastive, denoiser, soup
 
 # What may change while a training goes on: its end, what it tells, and how it uses memory.
 _MAY_CHANGE = ("num_steps", "cycles", "log_every", "save_every", "num_evals", "remat")
@@ -55,6 +55,9 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     clip_params = contrastive.train_clip(
         section.clip, clip_config, words, data, run.seed, mesh, work / "clip"
     )
+    clip_params = soup.averaged(
+        section.clip, clip_config, clip_params, words, data, run.seed, mesh, work / "clip"
+    )
     vae_config = autoencoder.configure(section.vae)
     vae_params = autoencoder.train_vae(section.vae, vae_config, data, run.seed, mesh, work / "vae")
     vae_config, vae_params, latents = autoencoder.encode(
@@ -85,12 +88,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
 
 def _check_batches(section: config.Pretrain, mesh: Mesh) -> None:
-    parts = {"clip": section.clip, "vae": section.vae, "unet": section.unet}
     problems = [
-        f"config.pretrain.{name}.training.batch_size is {part.training.batch_size}, expected a"
-        f" multiple of the {mesh.size} devices"
-        for name, part in parts.items()
-        if part.training.batch_size % mesh.size
+        f"config.pretrain.{name}.batch_size is {part.batch_size}, expected a multiple of the"
+        f" {mesh.size} devices"
+        for name, part in section.trainings().items()
+        if part.batch_size % mesh.size
     ]
     if problems:
         raise ValueError("cannot pretrain:\n  " + "\n  ".join(problems))
