@@ -93,7 +93,7 @@ def test_rows_of_the_study_differ_in_their_architectures_alone():
         assert cut.macs_budget == 0.65
         assert bool(run.router) == bool(run.assign) == bool(run.materialise) == (not run.slice)
         experts = run.router.num_codes if run.router else 1
-        assert experts * run.finetune.training.num_steps == 8000
+        assert experts * run.finetune.training.num_steps == 2000
         assert run.evaluate == runs["ours"].evaluate
         assert cut.data == config.RouterData()
         small = command_line.load(f"{CONFIGS}/aptp_study.py:{row},tiny")
