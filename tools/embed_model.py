@@ -45,6 +45,8 @@ def main() -> None:
     logs = {name: _log(run / "pretrain" / name) for name in _CURVES}
     scorer = embedded.load_scorer(target / "clip", tokenizer.load(target / "tokenizer"))
     draw = _drawer(target)
+    val = emoji.load("val")
+    of_clip = _means(scorer, val.images, val.concept, val.style)
     tried = {scale: _recall(scorer, draw, "val", NUM_TRIED, scale) for scale in GUIDANCES}
     guidance = max(tried, key=lambda scale: sum(tried[scale].values()))
     recalls = {}
@@ -66,7 +68,7 @@ def main() -> None:
     _grid(pairs, texts, columns=4).save(target / "nearest.png", optimize=True)
     _, cosine_of_real = _nearest(scorer, _pictures("val", concept, style))
     likeness = (float(np.median(cosine)), float(np.median(cosine_of_real)))
-    card = _card(target, logs, tried, guidance, recalls, likeness, settings, history)
+    card = _card(target, logs, of_clip, tried, guidance, recalls, likeness, settings, history)
     (target / "README.md").write_text(card)
     total = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     print(f"{target}: {total / 1e6:.1f} MB")
@@ -177,6 +179,7 @@ def _curves(log: list[dict[str, float]], keys: tuple[str, ...]) -> str:
 def _card(
     target: pathlib.Path,
     logs: dict[str, list[dict[str, float]]],
+    of_clip: dict[str, float],
     tried: dict[float, dict[str, float]],
     guidance: float,
     recalls: dict[str, dict[str, float]],
@@ -200,7 +203,7 @@ def _card(
             f"| {name} | {counts[name]:,} | {training['num_steps']:,} x {training['batch_size']} |"
             f" {samples / 10178:.0f} | {seconds / 60:.0f} min | {samples / seconds:.0f} |"
         )
-    clip_log, vae_log, unet_log = logs["clip"], logs["vae"], logs["unet"]
+    vae_log, unet_log = logs["vae"], logs["unet"]
     curves = "\n".join(f"![{name}](curves_{name}.svg)" for name in logs)
     found = "\n".join(
         f"| {split} | {GRIDS[split]} | {values['r_at_1']:.2f} | {values['r_at_10']:.2f} |"
@@ -231,7 +234,7 @@ Other work ran on the same two cores during parts of it, so the times are upper 
 {history}
 ## Figures
 
-CLIP: R@1 {_last(clip_log, "val_r_at_1"):.3f}, R@10 {_last(clip_log, "val_r_at_10"):.3f} on `val` \
+CLIP: R@1 {of_clip["r_at_1"]:.3f}, R@10 {of_clip["r_at_10"]:.3f} on `val` \
 (526 held-out pairs of concept and style), among the captions of all 1,914 concepts in the \
 picture's style. Autoencoder: PSNR {_last(vae_log, "val_psnr"):.2f} dB on `val`, \
 {_last(vae_log, "test_psnr"):.2f} dB on `test` (held-out concepts). UNet: mean squared error of \
