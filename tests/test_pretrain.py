@@ -100,6 +100,18 @@ def test_warped_images_keep_their_white_edge_and_without_strength_all_their_ink(
     assert np.ptp((1 - turned).sum((1, 2, 3))) > 50  # some are smaller, some paler
 
 
+def test_the_mean_of_clips_leaves_what_the_unet_reads_as_it_was():
+    layer = lambda *values: {"kernel": np.float32(values)}
+    kept = layer(0.9470809698104858, 0.7)  # three times the first, divided by three, is another
+    copies = [
+        {"text_model": {"first": kept, "last": layer(x)}, "scale": np.float32(x)} for x in (1, 2, 6)
+    ]
+    assert (np.mean([kept["kernel"]] * 3, axis=0) != kept["kernel"]).any()
+    mean = soup.mean(copies, {"first": kept})
+    np.testing.assert_array_equal(mean["text_model"]["first"]["kernel"], kept["kernel"])
+    assert (mean["text_model"]["last"]["kernel"], mean["scale"]) == (3, 3)
+
+
 def test_rows_of_one_group_come_in_runs():
     groups = np.arange(480) % 10
     rows = train.rows_of_batch(480, 96, 1, seed=0, groups=groups)

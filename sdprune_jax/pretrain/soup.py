@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +56,15 @@ def averaged(
             seed + number, mesh, directory / f"tuned_{number}",
         )  # fmt: skip
         copies.append(contrastive.whole(jax.tree.map(sharding.to_host, tuned), frozen))
-    mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *copies)
-    logging.info("mean of %d CLIPs: %s", len(copies), recall(mean))
-    return mean
+    whole = mean(copies, frozen)
+    logging.info("mean of %d CLIPs: %s", len(copies), recall(whole))
+    return whole
+
+
+def mean(copies: Sequence[train.Params], frozen: train.Params) -> train.Params:
+    """Of every parameter but those of `frozen`: the mean of equal numbers may round."""
+    means = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *copies)
+    return contrastive.whole(means, frozen)
 
 
 def warped(
