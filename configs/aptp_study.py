@@ -6,8 +6,8 @@ it (https://arxiv.org/abs/2406.12042), but for the random weights that its exper
 `contrastive` and `no-transport`, two of its ablations; `one`, a single learned architecture; and by
 rule `uniform`, `random`, `norm`, `taylor`, `diff-pruning` and `bksdm-base`, each for all prompts.
 A set of eight experts is trained for as many steps as a single model: each expert for an eighth.
-Expected: `ours` is nearer to the dense model than all others. Short trainings, alike for all: a
-row takes half an hour on 2 cores. Longer ones: `--config.router.num_steps=5000`.
+Expected: `ours` is nearer to the dense model than all others. The trainings are short, so that 2
+cores can do them, and alike for all; no row has been timed at this length yet.
 
     for row in ours published one uniform random norm taylor bksdm-base; do
         python -m sdprune_jax.main --config=configs/aptp_study.py:$row
