@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from sdprune_jax import checks, config
 
-_USAGE = "say --config=configs/NAME.py[:tiny] [--config.KEY=VALUE ...] [--dry_run]"
+_USAGE = "say --config=configs/NAME.py[:tiny] [--config.KEY=VALUE ...] [--dry_run] [--force]"
 _PACKAGE = str(pathlib.Path(__file__).parent)
 
 
@@ -44,6 +44,9 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> Comman
     dry_run = flags.DEFINE_bool(
         "dry_run", False, "Print what would be done, and stop.", flag_values=values
     )
+    force = flags.DEFINE_bool(
+        "force", False, "Train on though the settings of a training changed.", flag_values=values
+    )
     chosen = config_flags.DEFINE_config_file(
         "config", None, _USAGE, flag_values=values, sys_argv=argv
     )
@@ -62,6 +65,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> Comman
     if not path:
         raise ValueError(f"no config is given\n  {_USAGE}")
     checks.check(chosen.value)
+    chosen.value.force |= force.value
     return Command(chosen.value, dry_run.value)
 
 

@@ -197,8 +197,8 @@ def fit(
     Raises:
         FloatingPointError: if so many steps were skipped; nothing of them is in any checkpoint.
         SystemExit: after a signal, with status 128 + its number: 143 for SIGTERM.
-        ValueError: if there are checkpoints, but all are damaged or of another training; or there
-            is no room for them.
+        ValueError: if there are checkpoints, but all are damaged, of another training, or of a
+            later step; or there is no room for them.
     """
     key, name = jax.random.key(seed), directory.name
     checkpoints = directory.absolute() / "checkpoints"
@@ -211,6 +211,11 @@ def fit(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
         start, state = train_checkpoints.restore(checkpoints, like) or (0, None)
+        if start > num_steps:
+            raise ValueError(
+                f"{directory} has trained to step {start}, past num_steps, {num_steps}: ask for"
+                " more, or choose another workdir"
+            )
         if state is None:
             state = sharding.place(init_state(params, optimizer), shardings)
         if start < num_steps:

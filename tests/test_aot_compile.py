@@ -93,6 +93,8 @@ def test_step_that_cannot_be_is_refused(model):
     mesh = sharding.make_mesh(2, 4)
     with pytest.raises(ValueError, match=r"config.finetune is not set"):
         aot_programs.lower(_run(model), "finetune", mesh)
+    with pytest.raises(ValueError, match=r"config.prune.unet.method to one of wanda, sparsegpt"):
+        aot_programs.lower(dataclasses.replace(_run(model), prune=config.Prune()), "prune", mesh)
     with pytest.raises(ValueError, match=r"a batch of 12 is not split over 8.*such as 16"):
         aot_programs.lower(_run(model, batch_size=12), "router", mesh)
 
@@ -117,7 +119,7 @@ def test_batches_are_those_of_the_training(model):
         "null": states[:1],
     }
     batch = data.Examples(**fields).batch(np.arange(16), [0])
-    shapes = aot_programs.batch_shapes(model, 16, size, "finetune", sharding.make_mesh())
+    shapes = aot_programs.batch_shapes(model, 16, size, "finetune", sharding.make_mesh(), 12)
     assert {k: (x.shape, x.dtype) for k, x in shapes.items()} == {
         k: (x.shape, x.dtype) for k, x in batch.items()
     }
@@ -139,15 +141,22 @@ def test_stages_have_programs_with_the_arguments_of_the_run(model):
         unet=config.PretrainUNet(widths=(8, 8, 16, 16), heads=(1, 1, 2, 2)),
         clip=config.PretrainCLIP(width=16, heads=2),
     )
+    run.prune = config.Prune(
+        unet=config.PruneComponent(method="sparsegpt"),
+        calibration=config.Calibration(batch_size=8, num_steps=2),
+    )
     run.generate = config.Generate(batch_size=8, num_steps=2, height=32)
     run.evaluate = config.Evaluate()
     shapes = {
         stage: jax.tree.leaves(aot_programs.lower(run, stage, mesh).in_avals[0])
-        for stage in ("finetune", "pretrain", "generate", "features")
+        for stage in ("finetune", "pretrain", "prune", "generate", "features")
     }
     shapes = {stage: [leaf.shape for leaf in leaves] for stage, leaves in shapes.items()}
     assert (8, 4, 4, 4) in shapes["finetune"]  # trained at the size of the router
     assert (64, 16, 16, 4) in shapes["pretrain"]
+    size, width = model.unet.sample_size, model.unet.block_out_channels[0]
+    states = (8, model.text_encoder.max_position_embeddings, model.text_encoder.hidden_size)
+    assert {(8, size, size, 4), states, (width, width)} <= set(shapes["prune"])
     assert (8, 4, 8, 4) in shapes["generate"]
     assert (8 * features.CHUNK, 299, 299, 3) in shapes["features"]
 

@@ -13,7 +13,7 @@ LAYERS = (
     "config diffusion models",
     "bitmask checks convert initial samplers sharding signals tensors",
     "model_files sites weights",
-    "checkpoint data macs train_checkpoints train_log",
+    "checkpoint data macs train_checkpoints train_log train_settings",
     "metrics pipeline train",
     "aptp pretrain",
     "pruning",

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from functools import partial
 
 import jax
@@ -6,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import config, pipeline, sharding, train
+from sdprune_jax import config, pipeline, sharding, train, train_settings
 from sdprune_jax.data import emoji
 from sdprune_jax.models import clip, vae
 from sdprune_jax.pretrain import autoencoder, contrastive, run, soup
@@ -52,9 +53,14 @@ def test_text_encoder_is_the_tower_without_its_last_layer():
 
 
 def test_training_goes_on_with_the_settings_that_it_began_with(tmp_path):
-    file, section = tmp_path / "pretrain" / "settings.json", config.Pretrain()
-    keep = lambda seed=0: run._keep_settings(file, {"seed": seed} | dataclasses.asdict(section))
-    keep()
+    section = config.Pretrain()
+    keep = lambda seed=0, force=False: train_settings.keep(
+        tmp_path, {"seed": seed} | dataclasses.asdict(section), force
+    )
+    assert not keep(seed=2)
+    assert not keep()  # what was not begun binds nobody
+    (tmp_path / "clip" / "checkpoints" / "200").mkdir(parents=True)
+    assert keep()
     section.unet.training.num_steps, section.clip.training.log_every = 8000, 7  # may change
     keep()
     section.unet.training.learning_rate, section.vae.widths = 0.5, (8, 16)
@@ -62,12 +68,16 @@ def test_training_goes_on_with_the_settings_that_it_began_with(tmp_path):
         keep(seed=1)
     for line in (
         "seed was 0, is 1", "unet.training.learning_rate was 0.001, is 0.5",
-        "vae.widths was [16, 32, 64], is [8, 16]", f"delete {file}",
+        "vae.widths was [16, 32, 64], is [8, 16]", "say --force",
     ):  # fmt: skip
         assert line in str(error.value)
     assert "num_steps" not in str(error.value)
-    file.unlink()
+    keep(seed=1, force=True)
     keep(seed=1)
+    forced = json.loads((tmp_path / "settings.json").read_text())["forced"]
+    assert [change.split(" was ")[0] for change in forced] == [
+        "seed", "unet.training.learning_rate", "vae.widths",
+    ]  # fmt: skip
 
 
 def test_batches_that_do_not_divide_are_refused_before_anything_is_made(tmp_path):

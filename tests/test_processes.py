@@ -169,6 +169,7 @@ def test_two_processes_train_as_one_and_stop_as_one(tmp_path):
     second.kill()
     _, errors = first.communicate(timeout=90)  # 30 s of silence and what it takes to end
     assert first.returncode != 0, errors.decode()[-3000:]
+    assert b"Task 1 heartbeat timeout" in errors  # which process it is that was lost
 
     _ends(_start(trains, str(two)), 0)  # goes on where they were, on a host with all of the devices
     found, want = (np.load(work / "ema.npy") for work in (two, one))
@@ -227,7 +228,7 @@ def test_processes_end_when_the_first_does():
     first.kill()
     _, errors = second.communicate(timeout=90)  # 30 s of silence and what it takes to end
     assert second.returncode != 0
-    assert b"coordination" in errors, errors.decode()[-3000:]
+    assert b"leader task" in errors, errors.decode()[-3000:]
 
 
 def test_a_process_that_finds_no_other_ends():

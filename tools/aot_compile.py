@@ -3,7 +3,8 @@
     python tools/aot_compile.py --config=configs/NAME.py --stage=router --topology=v5e-16
 
 and, if needed, --config.KEY=VALUE, --num_slices=2, --optimized, --num_steps=5000. Stages are
-router, finetune, pretrain: their training steps; generate, evaluate: their pictures; features.
+router, finetune, pretrain: their training steps; prune: its calibration; generate, evaluate: their
+pictures; features.
 
 Nothing runs and no weights are read, only the model's configs. What does not fit in the memory of
 a chip is refused here instead of on the pod. A step of Stable Diffusion 2 takes 3 to 5 minutes and

@@ -11,12 +11,14 @@ import optax
 from jax.sharding import Mesh
 
 from sdprune_jax import checkpoint, config, pipeline, sharding, sites, train
-from sdprune_jax.aptp import codebook, finetune, pictures, router, train_router
+from sdprune_jax.aptp import codebook, data, finetune, pictures, router, train_router
 from sdprune_jax.aptp.layout import layout_of
 from sdprune_jax.evaluate.protocols import PROTOCOLS
 from sdprune_jax.metrics import features
 from sdprune_jax.models import inception, unet
 from sdprune_jax.pretrain import autoencoder, contrastive, denoiser
+from sdprune_jax.pruning import calibrate, methods
+from sdprune_jax.pruning import run as prune
 
 _Shape = jax.ShapeDtypeStruct
 _NUM_WORDS = 2048  # of a tokenizer that is not trained yet; no step of the UNet depends on it
@@ -28,8 +30,9 @@ def lower(run: config.Run, stage: str, mesh: Mesh) -> jax.stages.Lowered:
     Args:
         run: as it would be run.
         stage: one of `STAGES`. A training's is its step: of `pretrain` that of the UNet, and
-            `finetune` has an expert as large as the UNet. `generate` and `evaluate` draw a batch of
-            pictures, and `features` are those of Inception-v3, of a chunk of pictures a device.
+            `finetune` has an expert as large as the UNet. `prune` is the calibration of the UNet by
+            a batch of prompts; `generate` and `evaluate` draw a batch of pictures, and `features`
+            are those of Inception-v3, of a chunk of pictures a device.
         mesh: of devices that need not be there.
 
     Raises:
@@ -42,12 +45,12 @@ def lower(run: config.Run, stage: str, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def batch_shapes(
-    model: checkpoint.Model, batch_size: int, size: int, stage: str, mesh: Mesh
+    model: checkpoint.Model, batch_size: int, size: int, stage: str, mesh: Mesh, width: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `aptp.data.Examples.batch` gives a stage."""
+    """What `aptp.data.Examples.batch` gives a stage; `width` is that of embedded prompts."""
     text, latent = model.text_encoder, (size, size, model.unet.in_channels)
     kinds = {
-        "embedding": _Shape((batch_size, text.hidden_size), jnp.float32),
+        "embedding": _Shape((batch_size, width), jnp.float32),
         "text": _Shape((batch_size, text.max_position_embeddings, text.hidden_size), jnp.float16),
         "mean": _Shape((batch_size, *latent), jnp.float32),
         "log_variance": _Shape((batch_size, *latent), jnp.float32),
@@ -63,11 +66,11 @@ def _router(run: config.Run, section: config.Router, mesh: Mesh) -> jax.stages.L
     size, layout = _latent_size(section.data, model), layout_of(sites.table(model.unet))
     costs = train_router.budget_costs(section, model, (section.latent_size or size,) * 2)
     loss_fn = train_router.make_loss(section, model, costs, layout, jnp.dtype(run.dtype))
-    width = model.text_encoder.hidden_size
+    width = data.encoder_of(section.data, model).hidden_size
     params = jax.eval_shape(
         lambda: jax.tree.map(jnp.asarray, router.init_params(layout, width, section.num_codes, 0))
     )
-    batch = batch_shapes(model, section.batch_size, size, "router", mesh)
+    batch = batch_shapes(model, section.batch_size, size, "router", mesh, width)
     optimizer, frozen = (
         codebook.make_optimizer(section, None),
         checkpoint.param_shapes(model, "unet"),
@@ -81,11 +84,13 @@ def _finetune(run: config.Run, section: config.Finetune, mesh: Mesh) -> jax.stag
     params, text = checkpoint.param_shapes(model, "unet"), model.text_encoder
     null = _Shape((1, text.max_position_embeddings, text.hidden_size), jnp.float32)
     source = run.router or run.slice  # of the experts
-    size = _latent_size(source.data if source else config.RouterData(), model)
+    of = source.data if source else config.RouterData()
+    size, width = _latent_size(of, model), data.encoder_of(of, model).hidden_size
     return _step(
         finetune.make_loss(section, model, model.unet, jnp.dtype(run.dtype)),
         finetune.make_optimizer(section), params, {"teacher": params, "null": null},
-        batch_shapes(model, training.batch_size, size, "finetune", mesh), training.ema_decay, mesh,
+        batch_shapes(model, training.batch_size, size, "finetune", mesh, width),
+        training.ema_decay, mesh,
     )  # fmt: skip
 
 
@@ -111,6 +116,25 @@ def _pretrain(run: config.Run, section: config.Pretrain, mesh: Mesh) -> jax.stag
         unet.param_shapes(unet_config), {"null": _Shape((1, *text), jnp.float32)},
         _split(batch, mesh), training.ema_decay, mesh,
     )  # fmt: skip
+
+
+def _prune(run: config.Run, section: config.Prune, mesh: Mesh) -> jax.stages.Lowered:
+    """Of the first package of layers, if their statistics are not to be in memory together."""
+    part = section.unet
+    statistic = methods.STATISTIC[part.method] if part else None
+    if part is None or statistic in (None, "gradient"):
+        fit = [name for name, kind in methods.STATISTIC.items() if kind not in (None, "gradient")]
+        raise ValueError(
+            "--stage=prune: nothing walks from noise to a picture; set config.prune.unet.method to"
+            f" one of {', '.join(fit)}"
+        )
+    _check("prune.calibration", section.calibration.batch_size, mesh)
+    model = checkpoint.open_model(checkpoint.directory_of(run.model))
+    layers = sites.prunable(checkpoint.param_shapes(model, "unet"), "unet", part.scope)
+    calibration = prune.Calibration(section.calibration, model, "unet", mesh, seed=0, variant="")
+    first = calibration.packages(layers, statistic)[0]
+    statistic = statistic.removeprefix("weighted_")
+    return calibrate.lower_unet(model, mesh, first, statistic, calibration.trajectory())
 
 
 def _generate(run: config.Run, section: config.Generate, mesh: Mesh) -> jax.stages.Lowered:
@@ -190,8 +214,8 @@ def _step(
     return step.lower(_sharded(state, mesh), _sharded(frozen, mesh), batch, key)
 
 
-def _latent_size(data: config.RouterData, model: checkpoint.Model) -> int:
-    return pictures.size(data) // model.vae.downscale
+def _latent_size(of: config.RouterData, model: checkpoint.Model) -> int:
+    return pictures.size(of) // model.vae.downscale
 
 
 def _sharded(tree: Any, mesh: Mesh) -> Any:
@@ -218,6 +242,7 @@ STAGES: Mapping[str, Callable[[config.Run, Any, Mesh], jax.stages.Lowered]] = {
     "router": _router,
     "finetune": _finetune,
     "pretrain": _pretrain,
+    "prune": _prune,
     "generate": _generate,
     "evaluate": _evaluate,
     "features": _features,

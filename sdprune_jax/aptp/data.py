@@ -84,23 +84,18 @@ def embeddings(
     Raises:
         ValueError: if the encoder is neither `text_encoder` nor a sentence encoder.
     """
-    is_own = section.encoder == "text_encoder"
+    encoder = encoder_of(section, model)
+    is_own = isinstance(encoder, clip.TextConfig)
     directory = model.directory / "text_encoder" if is_own else pathlib.Path(section.encoder)
-    if not (directory / "config.json").is_file():
-        raise ValueError(
-            f"config.router.data.encoder is {section.encoder!r}, expected `text_encoder` or a"
-            " directory of sentence-transformers, which has a config.json"
-        )
 
     def compute() -> cache.Arrays:
-        if is_own:
+        if isinstance(encoder, clip.TextConfig):
             params = checkpoint.load(model, "text_encoder", dtype=np.float32, variant=variant)
-            encode = functools.partial(_pooled_text, model.text_encoder)
+            encode = functools.partial(_pooled_text, encoder)
             ids = _ids(model, texts)
             return {
                 "embedding": _encode(encode, params, ids.__getitem__, len(ids), mesh, cache_dir)
             }
-        encoder = sentence.SentenceConfig.from_json(tensors.read_json(directory / "config.json"))
         params = checkpoint.load_params(directory, sentence.param_shapes(encoder), dtype=np.float32)
         words: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         found = words(list(texts), padding=True, truncation=True, max_length=encoder.max_tokens)
@@ -113,6 +108,25 @@ def embeddings(
         return compute()["embedding"]
     key = cache.fingerprint(cache.directory_state(directory), list(texts))
     return cache.cached(cache_dir, "embeddings", key, compute)["embedding"]
+
+
+def encoder_of(
+    section: config.RouterData, model: checkpoint.Model
+) -> clip.TextConfig | sentence.SentenceConfig:
+    """What embeds the prompts that are routed; both kinds have a `hidden_size`.
+
+    Raises:
+        ValueError: if the encoder is neither `text_encoder` nor a sentence encoder.
+    """
+    if section.encoder == "text_encoder":
+        return model.text_encoder
+    file = pathlib.Path(section.encoder) / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"config.router.data.encoder is {section.encoder!r}, expected `text_encoder` or a"
+            " directory of sentence-transformers, which has a config.json"
+        )
+    return sentence.SentenceConfig.from_json(tensors.read_json(file))
 
 
 def examples(

@@ -14,7 +14,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from sdprune_jax import checkpoint, config, sharding, tensors, train
+from sdprune_jax import checkpoint, config, sharding, tensors, train, train_settings
 from sdprune_jax.aptp import data, expert_files, losses, pictures
 from sdprune_jax.data import cache
 from sdprune_jax.models import unet
@@ -37,11 +37,10 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     assert section is not None
     experts, output = expert_files.read(work), work / "finetuned"
     model = checkpoint.open_model(checkpoint.directory_of(run.model))
-    made_from = cache.fingerprint(
-        dataclasses.asdict(section), run.seed, run.dtype, run.variant,
-        experts.made_from,
-    )  # fmt: skip
-    record = output / "finetune.json"
+    settings = dataclasses.asdict(section)
+    settings |= {"seed": run.seed, "dtype": run.dtype, "variant": run.variant}
+    made_from = cache.fingerprint(settings, experts.made_from)
+    record, trainings = output / "finetune.json", work / "finetune" / experts.made_from
     if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
         logging.info("%s is complete: made from the same config and experts", output)
         return output
@@ -58,6 +57,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     if problems:
         text = "\n  its ".join(problems)
         raise ValueError(f"config.finetune.training is not possible:\n  its {text}")
+    train_settings.keep(trainings, settings, run.force)
 
     rows = {split: experts.rows[split] for split in ("train", "val")}
     examples = {}
@@ -84,7 +84,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         if not sharding.of_first((partial / name / "finetune.json").exists):
             figures = _train_expert(
                 run, model, source, partial / name, examples, mine, frozen, mesh,
-                work / "finetune" / made_from / f"expert-{name}",
+                trainings / f"expert-{name}",
             )  # fmt: skip
             if jax.process_index() == 0:
                 shutil.copyfile(source / "prompts.json", partial / name / "prompts.json")

@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from sdprune_jax import checkpoint, config, macs, sharding, sites, tensors, train
+from sdprune_jax import checkpoint, config, macs, sharding, sites, tensors, train, train_settings
 from sdprune_jax.aptp import codebook, data, losses, pictures, router
 from sdprune_jax.aptp.gates import MEDIAN_NOISE, forward_gates, hard, soft_gates
 from sdprune_jax.aptp.layout import Layout, layout_of, to_gates
@@ -28,7 +28,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
     Returns:
         `workdir/router`: `model.safetensors`, the parameters; `router.json`, what they are; and
-        the training, in a directory of its own for every config.
+        the training.
 
     Raises:
         ValueError: naming everything that cannot be trained as asked.
@@ -36,11 +36,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     section, output = run.router, pathlib.Path(run.workdir) / "router"
     assert section is not None
     model = checkpoint.open_model(checkpoint.directory_of(run.model))
-    made_from = cache.fingerprint(
-        dataclasses.asdict(section), run.seed, run.dtype, run.variant,
-        cache.directory_state(model.directory),
-    )  # fmt: skip
-    record = output / "router.json"
+    settings = dataclasses.asdict(section) | {
+        "seed": run.seed, "dtype": run.dtype, "variant": run.variant,
+        "model": cache.fingerprint(cache.directory_state(model.directory)),
+    }  # fmt: skip
+    made_from, record = cache.fingerprint(settings), output / "router.json"
     if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
         logging.info("%s is complete: made from the same config and model", output)
         return output
@@ -56,6 +56,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     latent_size = examples["train"].mean.shape[2:4]
     budget_size = (section.latent_size,) * 2 if section.latent_size else latent_size
     check(section, model, layout, budget_size, mesh)
+    train_settings.keep(output / "training", settings, run.force)
     costs = budget_costs(section, model, budget_size)
     shapes = checkpoint.param_shapes(model, "unet")
     frozen = checkpoint.load(
@@ -88,7 +89,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         batch_at,
         frozen,
         mesh=mesh, num_steps=section.num_steps, ema_decay=section.ema_decay, seed=run.seed,
-        directory=output / made_from / "router", log_every=section.log_every,
+        directory=output / "training" / "router", log_every=section.log_every,
         save_every=section.save_every, evaluate=figures,
         eval_every=max(section.num_steps // section.num_evals, 1),
     )  # fmt: skip

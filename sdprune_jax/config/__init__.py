@@ -100,6 +100,7 @@ class Run:
     variant: str = ""  # e.g. fp16, of the model's files
     seed: int = within(0, 0, 2**32 - 1)
     dtype: str = of("float32", *DTYPES)  # of the computation
+    force: bool = False  # trains on though settings changed that an outcome depends on; or --force
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     pretrain: Pretrain | None = None
     prune: Prune | None = None

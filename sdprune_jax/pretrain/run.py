@@ -5,11 +5,7 @@ tower and the autoencoder's latents.
 """
 
 import dataclasses
-import json
-import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,12 +13,9 @@ import transformers
 from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import checkpoint, config, sharding, tensors
+from sdprune_jax import checkpoint, config, sharding, tensors, train_settings
 from sdprune_jax.data import cache, captions, emoji, tokenizer
 from sdprune_jax.pretrain import autoencoder, contrastive, denoiser, soup
-
-# What may change while a training goes on: its end, what it tells, and how it uses memory.
-_MAY_CHANGE = ("num_steps", "cycles", "log_every", "save_every", "num_evals", "remat")
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -43,14 +36,15 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         logging.info("%s is complete: made from the same config", directory)
         return directory
     _check_batches(section, mesh)
-    _keep_settings(work / "settings.json", {"seed": run.seed} | dataclasses.asdict(section))
+    settings = {"seed": run.seed} | dataclasses.asdict(section)
+    begun = train_settings.keep(work, settings, run.force)
     data = {split: emoji.load(split) for split in emoji.SPLITS}
     if section.num_images:
         data = {
             split: emoji.Pairs(*(x[: section.num_images] for x in pairs))
             for split, pairs in data.items()
         }
-    words = _tokenizer(section.clip, work / "tokenizer")
+    words = _tokenizer(section.clip, work / "tokenizer", begun)
     clip_config = contrastive.configure(section.clip, len(words))
     clip_params = contrastive.train_clip(
         section.clip, clip_config, words, data, run.seed, mesh, work / "clip"
@@ -98,39 +92,11 @@ def _check_batches(section: config.Pretrain, mesh: Mesh) -> None:
         raise ValueError("cannot pretrain:\n  " + "\n  ".join(problems))
 
 
-def _keep_settings(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
-    """Writes what the trainings are begun with; those that go on are held to it."""
-    now = dict(_flat(json.loads(json.dumps(settings))))
-    before = tensors.read_json(file) if file.exists() else {}
-    sharding.wait_for_all(file.name)  # it is read
-    problems = [
-        f"{key} was {before[key]}, is {now[key]}"
-        for key in sorted(before.keys() & now.keys())
-        if before[key] != now[key] and key.rpartition(".")[2] not in _MAY_CHANGE
-    ]
-    if problems:
-        raise ValueError(
-            f"{file.parent} was begun with other settings:\n  {tensors.listing(problems)}\n  put"
-            " them back, choose another workdir, or, to train on from what is there with the new"
-            f" ones, delete {file}"
-        )
-    if jax.process_index() == 0 and before != now:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".json.tmp")
-        tensors.write_json(partial, now)
-        os.replace(partial, file)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _tokenizer(section: config.PretrainCLIP, directory: pathlib.Path) -> transformers.CLIPTokenizer:
-    if jax.process_index() == 0 and not (directory / "vocab.json").exists():
+def _tokenizer(
+    section: config.PretrainCLIP, directory: pathlib.Path, begun: bool
+) -> transformers.CLIPTokenizer:
+    """Made anew until a training has read it: what it is made from may have changed."""
+    if jax.process_index() == 0 and not (begun and (directory / "vocab.json").exists()):
         rng = np.random.default_rng(0)
         drawn = [pair for pair, split in emoji.split_of().items() if split == "train"]
         texts = [

@@ -130,15 +130,11 @@ def unet_statistics(
         )
     leaders = {name: group[0] for name, group in groups.items() if name not in found}
     if leaders:
-        setup = _Setup(
-            model.unet, dtype, mesh, _inputs_of_each(params, list(leaders.values())), statistic,
-            trajectory.position_fraction, guided,
-        )  # fmt: skip
-        size = trajectory.latent_size or (model.unet.sample_size,) * 2
+        setup = _walk(model, params, mesh, list(leaders.values()), statistic, trajectory, dtype)
+        shape = _noise_shape(model, trajectory)
         noise_key, position_key = jax.random.split(key)
         stats = _zeros(setup)
         for rows, weight in _batches(len(text), trajectory.batch_size):
-            shape = (*size, model.unet.in_channels)
             noise = pipeline.image_noise(noise_key, jnp.asarray(rows), shape)
             stats = _add_trajectories(
                 setup, params, stats, *_split(mesh, noise, text[rows], weight),
@@ -147,6 +143,50 @@ def unet_statistics(
             )  # fmt: skip
         found |= {name: stats[path] for name, path in leaders.items()}
     return recorder.checked({path: found[name] for name, group in groups.items() for path in group})
+
+
+def lower_unet(
+    model: Model,
+    mesh: Mesh,
+    paths: Sequence[str],
+    statistic: str,
+    trajectory: Trajectory,
+    dtype: Any = jnp.float32,
+) -> jax.stages.Lowered:
+    """What `unet_statistics` runs for every batch of prompts, from shapes alone.
+
+    Args:
+        model: the configs of a diffusers directory.
+        mesh: of devices that need not be there.
+        paths: kernels to calibrate; at least one of them neither of time nor of text alone.
+        statistic: "moments" or "gram".
+        trajectory: sampler and guidance.
+        dtype: of the computation.
+    """
+    apart = (*inputs.TIME, inputs.TEXT)  # read no picture
+    leaders = [group[0] for name, group in inputs.groups(paths).items() if name not in apart]
+    params, size = unet.param_shapes(model.unet), trajectory.batch_size
+    setup = _walk(model, params, mesh, leaders, statistic, trajectory, dtype)
+    table = samplers.timetable(model.schedule, trajectory.sampler, trajectory.num_steps)
+    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+
+    def shape(*axes: int, place: Any = whole) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(axes, jnp.float32, sharding=place)
+
+    on_all = lambda tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree
+    )
+    stats = jax.eval_shape(lambda: _zeros(setup))
+    stats = jax.tree.map(
+        lambda x, place: x.update(sharding=place), stats, sharding.fsdp_shardings(stats, mesh)
+    )
+    text = (model.text_encoder.max_position_embeddings, model.text_encoder.hidden_size)
+    return _add_trajectories.lower(
+        setup, on_all(params), stats, shape(size, *_noise_shape(model, trajectory), place=split),
+        shape(size, *text, place=split), shape(size, place=split), shape(1, *text),
+        on_all(jax.tree.map(jnp.asarray, table)), shape(len(table.timestep)), shape(),
+        on_all(jax.eval_shape(lambda: jax.random.key(0))),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +204,26 @@ class _Setup:
     @property
     def paths(self) -> list[str]:
         return [path for path, _ in self.layers]
+
+
+def _walk(
+    model: Model,
+    params: Any,
+    mesh: Mesh,
+    paths: Sequence[str],
+    statistic: str,
+    trajectory: Trajectory,
+    dtype: Any,
+) -> _Setup:
+    return _Setup(
+        model.unet, dtype, mesh, _inputs_of_each(params, paths), statistic,
+        trajectory.position_fraction, trajectory.guidance_scale > 1,
+    )  # fmt: skip
+
+
+def _noise_shape(model: Model, trajectory: Trajectory) -> tuple[int, int, int]:
+    height, width = trajectory.latent_size or (model.unet.sample_size,) * 2
+    return height, width, model.unet.in_channels
 
 
 @partial(jax.jit, static_argnames="setup", donate_argnames="stats")
