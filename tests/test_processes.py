@@ -75,7 +75,10 @@ def evaluates(directory, model, coordinator="", process_id=0):
     prompts = pathlib.Path(__file__).parents[1] / "configs" / "prompts.txt"
     run = config.Run(
         workdir=directory, model=model,
-        prune=config.Prune(text_encoder=config.PruneComponent()),
+        prune=config.Prune(
+            text_encoder=config.PruneComponent(method="wanda"),
+            calibration=config.Calibration(num_prompts=6, batch_size=4),
+        ),
         generate=config.Generate(
             prompts=str(prompts), num_prompts=5, batch_size=4, num_steps=3, guidance_scale=3.0
         ),
