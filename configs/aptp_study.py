@@ -5,9 +5,10 @@ captions for the same steps: `ours`, APTP with our defaults; `published`, as its
 it (https://arxiv.org/abs/2406.12042), but for the random weights that its experts start from;
 `contrastive` and `no-transport`, two of its ablations; `one`, a single learned architecture; and by
 rule `uniform`, `random`, `norm`, `taylor`, `diff-pruning` and `bksdm-base`, each for all prompts.
-A set of eight experts is trained for as many steps as a single model: each expert for an eighth.
-Expected: `ours` is nearer to the dense model than all others. The trainings are short, so that 2
-cores can do them, and alike for all; no row has been timed at this length yet.
+Every model is fine-tuned for as many steps, as published, so eight experts for eight times as many
+in all; a rule given those, with `--config.finetune.training.num_steps=2000`, is the other fair
+comparison. The trainings are short, so that 2 cores can do them. Expected: `ours` is nearer to the
+dense model than all others.
 
     for row in ours published one uniform random norm taylor bksdm-base; do
         python -m sdprune_jax.main --config=configs/aptp_study.py:$row
@@ -22,7 +23,6 @@ import dataclasses
 from sdprune_jax import config
 
 _BUDGET = 0.65  # of all MACs
-_STEPS = 2000  # of fine-tuning, over all experts of a row
 _EXPERTS = 8
 _ROUTER = {"macs_budget": _BUDGET, "num_steps": 1000, "warmup_steps": 200, "batch_size": 32}
 _RULES = ("uniform", "random", "norm", "taylor", "diff-pruning", "bksdm-base")
@@ -35,7 +35,7 @@ def get_config(size: str | None = None) -> config.Run:
     run = config.Run(
         workdir=f"runs/aptp_study/{row}",
         mesh=config.Mesh(cpu_devices=2),
-        finetune=_finetune(_STEPS),
+        finetune=_finetune(),
         evaluate=config.Evaluate(batch_size=16, num_images=256),
     )
     if row in _RULES:
@@ -48,9 +48,9 @@ def get_config(size: str | None = None) -> config.Run:
     return config.resize(run, small or None)
 
 
-def _finetune(num_steps: int) -> config.Finetune:
+def _finetune() -> config.Finetune:
     training = config.Training(
-        num_steps=num_steps, batch_size=32, learning_rate=5e-4, warmup_steps=25,
+        num_steps=250, batch_size=32, learning_rate=5e-4, warmup_steps=25,
         weight_decay=0.0, ema_decay=0.99, num_evals=0,
     )  # fmt: skip
     return config.Finetune(training=training)
@@ -59,7 +59,6 @@ def _finetune(num_steps: int) -> config.Finetune:
 def _ours(run: config.Run) -> None:
     run.router = config.Router(num_codes=_EXPERTS, **_ROUTER)
     run.assign = config.Assign()
-    run.finetune = _finetune(_STEPS // _EXPERTS)
 
 
 def _published(run: config.Run) -> None:
@@ -70,7 +69,7 @@ def _published(run: config.Run) -> None:
     )  # fmt: skip
     run.assign = config.Assign("published", "draw", "none", fit_budget=False)
     run.finetune = dataclasses.replace(
-        _finetune(_STEPS // _EXPERTS), denoising=0.01, snr_weight="published",
+        _finetune(), denoising=0.01, snr_weight="published",
         caption_dropout=0.0, schedule="constant",
     )  # fmt: skip
 
