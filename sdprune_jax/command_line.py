@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from sdprune_jax import checks, config
 
 _USAGE = "say --config=configs/NAME.py[:tiny] [--config.KEY=VALUE ...] [--dry_run] [--force]"
-_PACKAGE = str(pathlib.Path(__file__).parent)
+_PACKAGE = pathlib.Path(__file__).parent
 
 
 class Command(NamedTuple):
@@ -126,7 +126,9 @@ def _given(argv: Sequence[str]) -> dict[str, str]:
 def _is_advice(error: ValueError) -> bool:
     """Whether our own code raised it on purpose, and not a library that we misused."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return last.filename.startswith(_PACKAGE) and (last.line or "").startswith("raise ")
+    ours = (_PACKAGE, _PACKAGE.with_name("tools"))
+    is_ours = any(pathlib.Path(last.filename).is_relative_to(path) for path in ours)
+    return is_ours and (last.line or "").startswith("raise ")
 
 
 class _Plain(flags.ArgumentParser):
