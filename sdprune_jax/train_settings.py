@@ -42,9 +42,10 @@ def keep(directory: pathlib.Path, settings: Mapping[str, Any], force: bool) -> b
         for key in sorted(before.keys() & now.keys())
         if before[key] != now[key] and key.rpartition(".")[2] not in _MAY_CHANGE
     ]
-    if changes and not force:
+    if sharding.of_first(lambda: bool(changes)) and not force:
+        told = tensors.listing(changes or ["see what the first process says"])
         raise ValueError(
-            f"{directory} was begun with other settings:\n  {tensors.listing(changes)}\n  put them"
+            f"{directory} was begun with other settings:\n  {told}\n  put them"
             " back, or choose another workdir; to start anew, delete it; to train on from what is"
             " there with the new ones, say --force"
         )

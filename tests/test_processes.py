@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -66,6 +67,8 @@ def evaluates(directory, model, coordinator="", process_id=0):
     """What each process runs: two models from one program, their pictures, and their figures."""
     jax.config.update("jax_num_cpu_devices", 2 if coordinator else 4)
     sharding.start_processes(coordinator, 2 if coordinator else 0, process_id)
+    if process_id:  # a host may have a copy of its own, of another time
+        model = shutil.copytree(model, f"{directory}-model", copy_function=shutil.copyfile)
     references = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), np.uint8)
     emoji.load = lambda _: emoji.Pairs(references, *np.zeros((2, 40), np.int32))
     metrics = [m for m in PROTOCOLS["embedded"].metrics if m.kind in ("fid", "cmmd", "clip_score")]
@@ -74,7 +77,7 @@ def evaluates(directory, model, coordinator="", process_id=0):
     )
     prompts = pathlib.Path(__file__).parents[1] / "configs" / "prompts.txt"
     run = config.Run(
-        workdir=directory, model=model,
+        workdir=directory, model=str(model),
         prune=config.Prune(
             text_encoder=config.PruneComponent(method="wanda"),
             calibration=config.Calibration(num_prompts=6, batch_size=4),

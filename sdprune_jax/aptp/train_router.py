@@ -38,7 +38,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     model = checkpoint.open_model(checkpoint.directory_of(run.model))
     settings = dataclasses.asdict(section) | {
         "seed": run.seed, "dtype": run.dtype, "variant": run.variant,
-        "model": cache.fingerprint(cache.directory_state(model.directory)),
+        "model": cache.directory_state(model.directory),
     }  # fmt: skip
     made_from, record = cache.fingerprint(settings), output / "router.json"
     if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
