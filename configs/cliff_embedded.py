@@ -1,7 +1,7 @@
 """Where layer-wise magnitude breaks the embedded model: text encoder and UNet apart, 10 to 90 %.
 
 Same prompts and noise for every point; the cliff of each component is bisected to 1.25 %. A report
-with the curves and pictures along them, in about 15 minutes on 2 cores.
+with the curves and pictures along them, in 5 to 15 minutes on 2 cores.
 
 python -m sdprune_jax.main --config=configs/cliff_embedded.py[:tiny]
 """
