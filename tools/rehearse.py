@@ -17,6 +17,7 @@ The devices are of the CPU, `--devices` a process. For the embedded model, ten m
 
 import argparse
 import json
+import os
 import pathlib
 import signal
 import socket
@@ -84,11 +85,13 @@ def _start(
     command.append(f"--config.mesh.cpu_devices={devices}")
     if count > 1:
         command += [f"--config.mesh.coordinator={address}", f"--config.mesh.num_processes={count}"]
+    # A process that finds a program compiled waits 30 s for the others, which may be compiling it.
+    env = os.environ | ({"JAX_ENABLE_COMPILATION_CACHE": "false"} if count > 1 else {})
     started = []
     for index in range(count):
         own = [f"--config.mesh.process_id={index}"] if count > 1 else []
         with (workdir / f"process-{index}.log").open("ab") as log:
-            started.append(subprocess.Popen([*command, *own], stdout=log, stderr=log))
+            started.append(subprocess.Popen([*command, *own], stdout=log, stderr=log, env=env))
     return started
 
 
