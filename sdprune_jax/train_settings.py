@@ -45,9 +45,9 @@ def keep(directory: pathlib.Path, settings: Mapping[str, Any], force: bool) -> b
     if sharding.of_first(lambda: bool(changes)) and not force:
         told = tensors.listing(changes or ["see what the first process says"])
         raise ValueError(
-            f"{directory} was begun with other settings:\n  {told}\n  put them"
-            " back, or choose another workdir; to start anew, delete it; to train on from what is"
-            " there with the new ones, say --force"
+            f"{directory} was begun with other settings:\n  {told}\n  put them back, or choose"
+            " another workdir; to start anew, delete it; to train on from what is there with the"
+            " new ones, say --force"
         )
     for change in changes:
         logging.warning("%s: %s, by --force", directory, change)

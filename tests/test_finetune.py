@@ -57,6 +57,10 @@ def test_experts_learn_and_those_without_prompts_are_skipped(model, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         finetune.run(run, MESH)
     assert not (tmp_path / "finetuned").exists()
+    with pytest.raises(ValueError, match=r"output was 0.5, is 0.1(?s:.*)say --force"):
+        finetune.run(
+            dataclasses.replace(run, finetune=dataclasses.replace(run.finetune, output=0.1)), MESH
+        )
     output = finetune.run(run, MESH)
     steps = [b[2][1] for b in batches if b[0] == 48]
     assert steps == [0, 1, 2, 3, 2, 3]  # resumed from the checkpoint of step 2

@@ -62,9 +62,10 @@ def test_overrides_reach_the_run(file):
 
 
 def test_size_reaches_the_config(file):
-    run, dry_run = _parse("--config", f"{file}:tiny", "--dry_run")
+    run, dry_run = _parse("--config", f"{file}:tiny", "--dry_run", "--force")
     assert run.workdir.endswith("work_tiny")
     assert dry_run
+    assert run.force
 
 
 def test_none_leaves_out_a_section_or_a_value(file):

@@ -32,11 +32,11 @@ def _batch_at(step):
     return {"x": x[rows], "y": np.ones((16, 16), np.float32)}
 
 
-def _fit(directory, batch_at=_batch_at, log_every=1, mesh=None, loss=_loss):
+def _fit(directory, batch_at=_batch_at, log_every=1, mesh=None, loss=_loss, num_steps=_STEPS):
     return train.fit(
         loss, _PARAMS, train.adamw(1e-2, 2, _STEPS, 0.1, 1.0), batch_at,
         {"scale": jnp.float32(2.0)}, mesh=mesh or sharding.make_mesh(1, jax.device_count()),
-        num_steps=_STEPS, ema_decay=0.9, seed=3, directory=directory, log_every=log_every,
+        num_steps=num_steps, ema_decay=0.9, seed=3, directory=directory, log_every=log_every,
         save_every=4,
     )  # fmt: skip
 
@@ -176,6 +176,20 @@ def killed(directory, kill_at, number=signal.SIGKILL, times=1):
 
     ema = _fit(pathlib.Path(directory), batch_at)
     np.save(pathlib.Path(directory) / "ema.npy", np.asarray(ema["w"]))
+
+
+def test_a_training_goes_on_to_more_steps_and_not_back_to_fewer(tmp_path):
+    asked = []
+
+    def batch_at(step):
+        asked.append(step)
+        return _batch_at(step)
+
+    _fit(tmp_path / "run", batch_at, num_steps=4)
+    _fit(tmp_path / "run", batch_at)
+    assert asked == list(range(_STEPS))
+    with pytest.raises(ValueError, match=r"trained to step 12, past num_steps, 4: ask for more"):
+        _fit(tmp_path / "run", num_steps=4)
 
 
 def test_a_signal_in_the_last_step_is_not_lost(tmp_path):

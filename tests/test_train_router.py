@@ -161,6 +161,8 @@ def test_interrupted_training_goes_on_to_the_same_bits(model, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train_router.run(_run(model, killed), mesh)
     assert not (killed / "router" / "router.json").exists()
+    with pytest.raises(ValueError, match=r"learning_rate was 0.002, is 0.5(?s:.*)say --force"):
+        train_router.run(_run(model, killed, learning_rate=0.5), mesh)
     monkeypatch.setattr(data.Examples, "batch", batch)
     train_router.run(_run(model, killed), mesh)
     assert (killed / "router" / "model.safetensors").read_bytes() == before

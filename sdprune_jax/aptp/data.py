@@ -85,8 +85,9 @@ def embeddings(
         ValueError: if the encoder is neither `text_encoder` nor a sentence encoder.
     """
     encoder = encoder_of(section, model)
-    is_own = isinstance(encoder, clip.TextConfig)
-    directory = model.directory / "text_encoder" if is_own else pathlib.Path(section.encoder)
+    directory = pathlib.Path(section.encoder)
+    if isinstance(encoder, clip.TextConfig):
+        directory = model.directory / "text_encoder"
 
     def compute() -> cache.Arrays:
         if isinstance(encoder, clip.TextConfig):
