@@ -138,7 +138,7 @@ def test_stages_have_programs_with_the_arguments_of_the_run(model):
     run.router.data = config.RouterData(dataset="coco", image_size=32)
     run.finetune = config.Finetune(training=config.Training(batch_size=8))
     run.pretrain = config.Pretrain(
-        unet=config.PretrainUNet(widths=(8, 8, 16, 16), heads=(1, 1, 2, 2)),
+        unet=config.PretrainUNet(widths=(8, 16), heads=(1, 2)),
         clip=config.PretrainCLIP(width=16, heads=2),
     )
     run.prune = config.Prune(

@@ -142,7 +142,7 @@ def resize(run: Run, size: str | None) -> Run:
         run.pretrain.clip.text_layers, run.pretrain.clip.vision_layers = 2, 1
         run.pretrain.clip.width, run.pretrain.clip.whole_from = 32, 2
         run.pretrain.vae.widths = (8, 8, 16)
-        run.pretrain.unet.widths, run.pretrain.unet.heads = (8, 8, 16, 16), (1, 1, 2, 2)
+        run.pretrain.unet.widths, run.pretrain.unet.heads = (8, 16), (1, 2)
         run.pretrain.unet.captions_per_image = 1
     else:
         run.model = "embedded"

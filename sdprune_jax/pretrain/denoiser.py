@@ -21,10 +21,13 @@ SCHEDULE = diffusion.Schedule(class_name="PNDMScheduler", prediction_type="v_pre
 def configure(
     section: config.PretrainUNet, vae_config: vae.VAEConfig, text_config: clip.TextConfig
 ) -> unet.UNetConfig:
-    """SD2's skeleton with the section's widths."""
+    """SD2's skeleton with the section's widths: attention on every level but the deepest."""
+    attending = len(section.widths) - 1
     return unet.UNetConfig(
         sample_size=vae_config.sample_size // vae_config.downscale,
         block_out_channels=tuple(section.widths),
+        down_block_types=(*["CrossAttnDownBlock2D"] * attending, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * attending),
         attention_head_dim=tuple(section.heads),
         cross_attention_dim=text_config.hidden_size,
         norm_num_groups=section.norm_num_groups,

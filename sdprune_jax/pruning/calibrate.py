@@ -1,6 +1,5 @@
 """Statistics of layer inputs over real prompts and, for the UNet, over real denoising."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,8 +15,8 @@ from jaxtyping import Array, Float, Int, Key
 from sdprune_jax import convert, pipeline, samplers, sharding
 from sdprune_jax.checkpoint import Model
 from sdprune_jax.models import clip, unet
-from sdprune_jax.pruning import inputs, recorder
-from sdprune_jax.pruning.recorder import LayerStats, Stats
+from sdprune_jax.pruning import accumulate, inputs, recorder
+from sdprune_jax.pruning.recorder import Stats
 from sdprune_jax.pruning.trajectory import Trajectory
 
 
@@ -56,14 +55,14 @@ def text_statistics(
     _refuse_batch(len(ids), batch_size, mesh)
     groups = inputs.groups(paths)
     layers = _inputs_of_each(params, [group[0] for group in groups.values()])
-    setup = _Setup(config, dtype, mesh, layers, statistic)
-    stats = _zeros(setup)
+    setup = accumulate.Setup(config, dtype, mesh, layers, statistic)
+    stats = accumulate.zeros(setup)
     for rows, weight in _batches(len(ids), batch_size):
         tokens = np.broadcast_to(weight[:, None], ids[rows].shape)
         if mask_pads:
             end = np.asarray(clip.end_of_text(jnp.asarray(ids[rows]), config))
             tokens = tokens * (np.arange(ids.shape[1])[None] <= end[:, None])
-        stats = _add_texts(setup, params, stats, *_split(mesh, ids[rows], tokens))
+        stats = accumulate.add_texts(setup, params, stats, *_split(mesh, ids[rows], tokens))
     return recorder.checked({path: stats[group[0]] for group in groups.values() for path in group})
 
 
@@ -116,7 +115,11 @@ def unet_statistics(
         num = model.schedule.num_train_timesteps
         weight = jnp.asarray(trajectory.weights(num)[::-1])  # timestep 0 is the last
         read = inputs.of_time(model.unet, params, num, dtype)
-        found = {name: _of_rows(x, weight, statistic) for name, x in read.items() if name in groups}
+        found = {
+            name: accumulate.of_rows(x, weight, statistic)
+            for name, x in read.items()
+            if name in groups
+        }
     if inputs.TEXT in groups:
         parts = [(text[r], w) for r, w in _batches(len(text), trajectory.batch_size)]
         if guided:
@@ -124,7 +127,7 @@ def unet_statistics(
         found[inputs.TEXT] = functools.reduce(
             partial(jax.tree.map, jnp.add),
             (
-                _of_rows(jnp.asarray(x, dtype), jnp.asarray(w * alphas.sum()), statistic)
+                accumulate.of_rows(jnp.asarray(x, dtype), jnp.asarray(w * alphas.sum()), statistic)
                 for x, w in parts
             ),
         )
@@ -133,10 +136,10 @@ def unet_statistics(
         setup = _walk(model, params, mesh, list(leaders.values()), statistic, trajectory, dtype)
         shape = _noise_shape(model, trajectory)
         noise_key, position_key = jax.random.split(key)
-        stats = _zeros(setup)
+        stats = accumulate.zeros(setup)
         for rows, weight in _batches(len(text), trajectory.batch_size):
             noise = pipeline.image_noise(noise_key, jnp.asarray(rows), shape)
-            stats = _add_trajectories(
+            stats = accumulate.add_trajectories(
                 setup, params, stats, *_split(mesh, noise, text[rows], weight),
                 jnp.asarray(negative), jax.tree.map(jnp.asarray, table), jnp.asarray(alphas),
                 jnp.float32(trajectory.guidance_scale), jax.random.fold_in(position_key, rows[0]),
@@ -176,34 +179,17 @@ def lower_unet(
     on_all = lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree
     )
-    stats = jax.eval_shape(lambda: _zeros(setup))
+    stats = jax.eval_shape(lambda: accumulate.zeros(setup))
     stats = jax.tree.map(
         lambda x, place: x.update(sharding=place), stats, sharding.fsdp_shardings(stats, mesh)
     )
     text = (model.text_encoder.max_position_embeddings, model.text_encoder.hidden_size)
-    return _add_trajectories.lower(
+    return accumulate.add_trajectories.lower(
         setup, on_all(params), stats, shape(size, *_noise_shape(model, trajectory), place=split),
         shape(size, *text, place=split), shape(size, place=split), shape(1, *text),
         on_all(jax.tree.map(jnp.asarray, table)), shape(len(table.timestep)), shape(),
         on_all(jax.eval_shape(lambda: jax.random.key(0))),
     )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class _Setup:
-    """What a compiled calibration depends on, beside the shapes of its arguments."""
-
-    config: Any
-    dtype: Any
-    mesh: Mesh
-    layers: tuple[tuple[str, int], ...]  # path of the kernel, and number of inputs
-    statistic: str
-    fraction: float = 1.0
-    guided: bool = False
-
-    @property
-    def paths(self) -> list[str]:
-        return [path for path, _ in self.layers]
 
 
 def _walk(
@@ -214,8 +200,8 @@ def _walk(
     statistic: str,
     trajectory: Trajectory,
     dtype: Any,
-) -> _Setup:
-    return _Setup(
+) -> accumulate.Setup:
+    return accumulate.Setup(
         model.unet, dtype, mesh, _inputs_of_each(params, paths), statistic,
         trajectory.position_fraction, trajectory.guidance_scale > 1,
     )  # fmt: skip
@@ -224,75 +210,6 @@ def _walk(
 def _noise_shape(model: Model, trajectory: Trajectory) -> tuple[int, int, int]:
     height, width = trajectory.latent_size or (model.unet.sample_size,) * 2
     return height, width, model.unet.in_channels
-
-
-@partial(jax.jit, static_argnames="setup", donate_argnames="stats")
-def _add_texts(
-    setup: _Setup, params: Any, stats: Stats, ids: Int[Array, "b n"], weight: Float[Array, "b n"]
-) -> Stats:
-    apply: Any = clip.TextTower(setup.config, setup.dtype).apply
-    record = recorder.apply_and_record
-    _, new = record(apply, params, (ids,), setup.paths, setup.statistic, weight)
-    return _add(setup, stats, new)
-
-
-@partial(jax.jit, static_argnames="setup", donate_argnames="stats")
-def _add_trajectories(
-    setup: _Setup,
-    params: Any,
-    stats: Stats,
-    noise: Float[Array, "b h w c"],
-    text: Float[Array, "b n d"],
-    weight: Float[Array, " b"],
-    negative: Float[Array, "1 n d"],
-    table: samplers.Timetable,
-    alphas: Float[Array, " calls"],
-    guidance_scale: Float[Array, ""],
-    key: Key[Array, ""],
-) -> Stats:
-    """Denoises one batch."""
-    apply: Any = unet.UNet(setup.config, setup.dtype).apply
-    if setup.guided:
-        text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
-        weight = jnp.concatenate([weight, weight])
-
-    def call(carry: Any, inputs: Any) -> Any:
-        state, stats = carry
-        row, alpha, number = inputs
-        x = jnp.concatenate([state.x, state.x]) if setup.guided else state.x
-        out, new = recorder.apply_and_record(
-            apply, params, (x, jnp.broadcast_to(row.timestep, x.shape[:1]), text), setup.paths,
-            setup.statistic, alpha * weight, setup.fraction, jax.random.fold_in(key, number),
-        )  # fmt: skip
-        if setup.guided:
-            without, prompted = jnp.split(out, 2)
-            out = without + guidance_scale * (prompted - without)
-        return (samplers.step(state, row, out), _add(setup, stats, new)), None
-
-    steps = (table, alphas, jnp.arange(len(alphas)))
-    (_, stats), _ = jax.lax.scan(call, (samplers.start(noise), stats), steps)
-    return stats
-
-
-_of_rows = jax.jit(recorder.of_rows, static_argnames="statistic")
-
-
-def _add(setup: _Setup, old: Stats, new: Stats) -> Stats:
-    return _placed(jax.tree.map(jnp.add, old, new), setup.mesh)
-
-
-@partial(jax.jit, static_argnames="setup")
-def _zeros(setup: _Setup) -> Stats:
-    """Empty statistics, the large ones split over the mesh."""
-    num_axes = 1 if setup.statistic == "moments" else 2
-    zeros = {
-        path: LayerStats(jnp.zeros([n_in] * num_axes), jnp.zeros(())) for path, n_in in setup.layers
-    }
-    return _placed(zeros, setup.mesh)
-
-
-def _placed(stats: Stats, mesh: Mesh) -> Stats:
-    return jax.lax.with_sharding_constraint(stats, sharding.fsdp_shardings(stats, mesh))
 
 
 def _inputs_of_each(params: Any, paths: Iterable[str]) -> tuple[tuple[str, int], ...]:
