@@ -7,7 +7,7 @@ workdir the same run is made by one process (`one`), by all of them (`many`), an
 three parts (`parts`): SIGTERM to one, SIGKILL to one, and to the end as one process that has all of
 the devices. It prints what each part did, and how far losses and figures are from those of `one`;
 ends with status 1 if the processes did not end as they should, or losses differ by more than 1e-4.
-The devices are of the CPU, `--devices` a process. For the embedded model, half an hour on 2 cores:
+The devices are of the CPU, `--devices` a process. For the embedded model, 18 minutes on 2 cores:
 
     python tools/rehearse.py --processes=4 --config=configs/evaluate_embedded.py \
         --config.prune=none --config.finetune=none --config.report=none \
