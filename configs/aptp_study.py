@@ -68,11 +68,11 @@ def _published(run: config.Run) -> None:
     Random codes start with open gates. At the rate of a batch of 32, 1e-3, they had not closed one
     by step 500; at this one they had by step 700, and kept 0.91 of the MACs after 1,000 steps.
     """
-    router = _ROUTER | {"num_steps": 2000}
     run.router = config.Router(
         num_codes=_EXPERTS, mac_counter="paper", gate_position="pre_norm", forward_gates="soft",
-        code_seeds="random", snr_weight="published", learning_rate=2e-4 * 1024**0.5, **router,
+        code_seeds="random", snr_weight="published", learning_rate=2e-4 * 1024**0.5, **_ROUTER,
     )  # fmt: skip
+    run.router.num_steps = 2000
     run.assign = config.Assign("published", "draw", "none", fit_budget=False)
     run.finetune = dataclasses.replace(
         _finetune(), denoising=0.01, snr_weight="published",
