@@ -43,7 +43,7 @@ def get_config(size: str | None = None) -> config.Run:
         model="models/sd21",
         seed=43,
         router=router,
-        assign=config.Assign("published", "draw", "none", fit_budget=False),
+        assign=config.Assign("published", "draw", "none", fit_budget="none"),
         materialise=config.Materialise(),
         finetune=config.Finetune(
             denoising=0.01, output=0.5, block=0.5, snr_weight="published", caption_dropout=0.0,

@@ -73,7 +73,7 @@ def _published(run: config.Run) -> None:
         code_seeds="random", snr_weight="published", learning_rate=2e-4 * 1024**0.5, **_ROUTER,
     )  # fmt: skip
     run.router.num_steps = 2000
-    run.assign = config.Assign("published", "draw", "none", fit_budget=False)
+    run.assign = config.Assign("published", "draw", "none", fit_budget="none")
     run.finetune = dataclasses.replace(
         _finetune(), denoising=0.01, snr_weight="published",
         caption_dropout=0.0, schedule="constant",

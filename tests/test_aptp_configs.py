@@ -20,7 +20,7 @@ PUBLISHED = (
     ("router", "snr_weight", "published"), ("router", "resource_kind", "log"),
     ("router", "num_steps", 5000), ("router", "warmup_steps", 500), ("router", "ramp_steps", 100),
     ("assign", "route_noise", "published"), ("assign", "final_codes", "draw"),
-    ("assign", "balance", "none"), ("assign", "fit_budget", False),
+    ("assign", "balance", "none"), ("assign", "fit_budget", "none"),
     ("finetune", "snr_weight", "published"), ("finetune", "caption_dropout", 0.0),
     ("finetune", "schedule", "constant"), ("finetune", "min_snr_gamma", 5.0),
 )  # fmt: skip

@@ -104,7 +104,7 @@ def test_router_predicts_and_cuts_as_the_published_one(model, tmp_path, capsys):
     record = tmp_path / "run" / "router" / "router.json"
     values["section"]["data"] |= {"num_images": 8, "captions_per_image": 1}
     record.write_text(json.dumps(values))
-    run.assign = config.Assign("published", "stored", "none", fit_budget=False)
+    run.assign = config.Assign("published", "stored", "none", fit_budget="none")
     output = experts.assign(run, MESH)
     np.testing.assert_array_equal(np.load(output / "architectures.npy"), soft >= 0.5)
     run.assign = config.Assign(final_codes="stored")

@@ -79,11 +79,20 @@ def test_codes_that_are_alike_are_reported_as_dead():
 def test_budget_is_kept_by_shifting_all_logits():
     logits = np.linspace(-1, 1, 101)[None]
     keep_at = lambda shift: logits + shift >= 0
-    shift, keep = balance.fit_budget(keep_at, lambda keep: float(keep.mean()), 0.75)
+    mean = lambda keep: keep.mean(axis=1)
+    shift, keep = balance.fit_budget(keep_at, mean, 0.75, 1)
     assert keep.mean() == pytest.approx(0.75, abs=0.5 / 101 + 1e-9)
     assert shift == pytest.approx(0.5, abs=0.03)
-    already, _ = balance.fit_budget(keep_at, lambda keep: float(keep.mean()), 51 / 101)
+    already, _ = balance.fit_budget(keep_at, mean, 51 / 101, 1)
     assert already == 0
+
+
+def test_budget_can_be_kept_by_every_expert():
+    logits = np.linspace(-1, 1, 101) + np.array([[-0.4], [0.0], [0.3]])
+    keep_at, mean = lambda shift: logits + shift >= 0, lambda keep: keep.mean(axis=1)
+    shift, keep = balance.fit_budget(keep_at, mean, 0.75, 3)
+    np.testing.assert_allclose(keep.mean(axis=1), 0.75, atol=0.5 / 101 + 1e-9)
+    np.testing.assert_allclose(shift, [0.9, 0.5, 0.2], atol=0.03)
 
 
 def test_information_is_the_entropy_of_equal_labels_and_none_of_independent_ones():
@@ -135,10 +144,10 @@ def test_assignment_reports_balance_and_budget(work):
 
 def test_published_assignment_is_neither_balanced_nor_fitted(model, work, tmp_path):
     aptp_model.write_router(tmp_path, model)
-    run = _run(model, tmp_path, balance="none", fit_budget=False, final_codes="draw")
+    run = _run(model, tmp_path, balance="none", fit_budget="none", final_codes="draw")
     experts.assign(run, MESH)
     record = json.loads((tmp_path / "assign" / "assign.json").read_text())
-    assert record["logit_shift"] == 0
+    assert record["logit_shift"] == [0]
     assert record["macs_of_codes"] == record["macs_of_experts"]
     assert not np.load(tmp_path / "assign" / "offsets.npy").any()
     ours = np.load(work / "assign" / "code_gates.npy")

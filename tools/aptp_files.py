@@ -140,7 +140,7 @@ def write_pruning(
     return (
         f"{len(kept)} codes, which keep {', '.join(f'{share:.3f}' for share in kept)} of the"
         " UNet's MACs at 256 pixels, as published; next: stages assign, with"
-        " final_codes=stored and fit_budget=false, and materialise"
+        " final_codes=stored and fit_budget=none, and materialise"
     )
 
 

@@ -44,29 +44,32 @@ def offsets(similarity: Float32[np.ndarray, "rows k"]) -> Float32[np.ndarray, " 
 
 
 def fit_budget(
-    keep_at: Callable[[float], Bool[np.ndarray, "k d"]],
-    share_of: Callable[[Bool[np.ndarray, "k d"]], float],
+    keep_at: Callable[[Float[np.ndarray, "n 1"]], Bool[np.ndarray, "k d"]],
+    shares_of: Callable[[Bool[np.ndarray, "k d"]], Float[np.ndarray, " n"]],
     budget: float,
-) -> tuple[float, Bool[np.ndarray, "k d"]]:
-    """Shifts all logits until the budget is kept as closely as gates allow, by bisection.
+    num_shifts: int,
+) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, "k d"]]:
+    """Shifts logits until a budget is kept as closely as gates allow, by bisection.
 
     Args:
-        keep_at: the gates that are open at a shift; more of them the larger it is.
-        share_of: the share of all MACs that these keep.
-        budget: what that should be.
+        keep_at: the gates that are open at the shifts; more of them the larger these are.
+        shares_of: the shares of all MACs that these keep, each by its own shift alone.
+        budget: what every share should be.
+        num_shifts: n, one for all codes or one a code.
 
     Returns:
-        The shift, and the gates at it.
+        The shifts, and the gates at them.
     """
-    low, high = -20.0, 20.0
+    miss = lambda shift: shares_of(keep_at(shift[:, None])) - budget
+    low, high = np.full(num_shifts, -20.0), np.full(num_shifts, 20.0)
     for _ in range(40):
         middle = (low + high) / 2
-        if share_of(keep_at(middle)) > budget:
-            high = middle
-        else:
-            low = middle
-    shift = min((0.0, low, high), key=lambda shift: abs(share_of(keep_at(shift)) - budget))
-    return shift, keep_at(shift)
+        is_over = miss(middle) > 0
+        low, high = np.where(is_over, low, middle), np.where(is_over, middle, high)
+    ends = np.stack([np.zeros(num_shifts), low, high])
+    best = np.abs([miss(end) for end in ends]).argmin(axis=0)
+    shift = ends[best, np.arange(num_shifts)]
+    return shift, keep_at(shift[:, None])
 
 
 def figures(

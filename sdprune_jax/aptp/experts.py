@@ -53,7 +53,7 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
     layout = layout_of(sites.table(model.unet))
     if section.final_codes == "stored":
-        code_gates = _stored_gates(work / "router", section.fit_budget)
+        code_gates = _stored_gates(work / "router", section.fit_budget != "none")
     else:
         code_gates = _code_gates(params, layout, section.final_codes, values["seed"])
     similarity, labels = {}, {}
@@ -72,14 +72,17 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
         offsets = balance.offsets(similarity["train"])
     experts = {split: nearest(s, offsets) for split, s in similarity.items()}
     counts = np.bincount(experts["train"], minlength=trained.num_codes)
-    keep, shift = np.asarray(code_gates) >= 0.5, 0.0
+    keep, shift = np.asarray(code_gates) >= 0.5, np.zeros(1)
     unfitted = _kept(keep, layout, costs)
-    if section.fit_budget:
+    if section.fit_budget != "none":
+        average = np.atleast_2d(counts / counts.sum())
+        weights = average if section.fit_budget == "average" else np.eye(trained.num_codes)
         logits, noise = _final_logits(params, section.final_codes, values["seed"])
         shift, keep = balance.fit_budget(
             lambda shift: np.asarray(gates.soft_gates(logits + shift, noise, layout)) >= 0.5,
-            lambda keep: float(counts @ _kept(keep, layout, costs) / counts.sum()),
+            lambda keep: weights @ _kept(keep, layout, costs),
             trained.macs_budget,
+            len(weights),
         )
     kept = _kept(keep, layout, costs)
 
@@ -101,7 +104,7 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
         "macs_budget": trained.macs_budget,
         "mac_counter": trained.mac_counter,
         "latent_size": values["latent_size"],
-        "logit_shift": shift,
+        "logit_shift": shift.tolist(),
         "macs_of_codes": unfitted.tolist(),
         "macs_of_experts": kept.tolist(),
         "units_that_differ": balance.differences(keep),
@@ -261,7 +264,7 @@ def _stored_gates(directory: pathlib.Path, fit_budget: bool) -> Float[Array, "k 
     if not path.is_file():
         problems.append(f"{path} is not there: only routers of tools/convert.py have it")
     if fit_budget:
-        problems.append("fit_budget moves logits, not gates that are stored: set it to false")
+        problems.append("fit_budget moves logits, not gates that are stored: set it to none")
     if problems:
         raise ValueError("config.assign.final_codes=stored is not possible: " + "; ".join(problems))
     return jnp.asarray(np.load(path))
