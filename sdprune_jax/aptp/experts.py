@@ -53,7 +53,7 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
     layout = layout_of(sites.table(model.unet))
     if section.final_codes == "stored":
-        code_gates = _stored_gates(work / "router", section.fit_budget != "none")
+        code_gates = _stored_gates(work / "router", section.fit_budget)
     else:
         code_gates = _code_gates(params, layout, section.final_codes, values["seed"])
     similarity, labels = {}, {}
@@ -258,12 +258,12 @@ def _code_gates(params: Any, layout: Layout, final_codes: str, seed: int) -> Flo
     return gates.soft_gates(logits, noise, layout)
 
 
-def _stored_gates(directory: pathlib.Path, fit_budget: bool) -> Float[Array, "k d"]:
+def _stored_gates(directory: pathlib.Path, fit_budget: str) -> Float[Array, "k d"]:
     """The gates of the last training step of a router that was converted."""
     path, problems = directory / CODE_GATES, []
     if not path.is_file():
         problems.append(f"{path} is not there: only routers of tools/convert.py have it")
-    if fit_budget:
+    if fit_budget != "none":
         problems.append("fit_budget moves logits, not gates that are stored: set it to none")
     if problems:
         raise ValueError("config.assign.final_codes=stored is not possible: " + "; ".join(problems))
