@@ -1,6 +1,7 @@
 """The embedded dataset, its captions and CLIP's tokenizer."""
 
 import collections
+import itertools
 import subprocess
 import sys
 
@@ -50,6 +51,21 @@ def test_splits_hold_out_whole_concepts_and_single_styles():
     of = {split: {concept for concept, _ in pairs} for split, pairs in splits.items()}
     assert not of["test"] & (of["train"] | of["val"])
     assert of["val"] <= of["train"]
+
+
+def test_dataset_can_be_written_by_two_runs_at_a_time(tmp_path, monkeypatch):
+    generate = emoji.EmojiCaptions._generate_examples
+    rivals = [lambda: emoji.prepare(tmp_path)]
+
+    def few(self, split):
+        if rivals:
+            rivals.pop()()  # begins after us, and ends before
+        yield from itertools.islice(generate(self, split), 2)
+
+    monkeypatch.setattr(emoji.EmojiCaptions, "_generate_examples", few)
+    builder = emoji.prepare(tmp_path)
+    assert len(builder.as_data_source("train")) == 2
+    assert not list(tmp_path.rglob("incomplete*"))
 
 
 def test_stored_pictures_equal_the_sheets(cache_dir):

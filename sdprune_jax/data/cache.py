@@ -14,6 +14,8 @@ from sdprune_jax import sharding
 
 Arrays = dict[str, np.ndarray]
 
+_LARGE = 2**26  # bytes, above which hashing a file would take long
+
 
 def fingerprint(*inputs: Any) -> str:
     """A hash of arrays, trees of arrays and JSON values."""
@@ -29,15 +31,20 @@ def fingerprint(*inputs: Any) -> str:
 
 
 def directory_state(directory: pathlib.Path) -> str:
-    """A hash of name, size and time of every file below a directory.
+    """A hash of every file below a directory: of its name, and its content or, if large, its time.
 
     It is that of the first process, in all of them: hosts may have copies of their own.
     """
 
+    def state(path: pathlib.Path) -> list[Any]:
+        name, stat = str(path.relative_to(directory)), path.stat()
+        if stat.st_size > _LARGE:
+            return [name, stat.st_size, stat.st_mtime_ns]
+        return [name, stat.st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
+
     def find() -> np.ndarray:
         files = sorted(path for path in directory.rglob("*") if path.is_file())
-        stats = [(str(path.relative_to(directory)), path.stat()) for path in files]
-        digest = fingerprint([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+        digest = fingerprint([state(path) for path in files])
         return np.unpackbits(np.frombuffer(bytes.fromhex(digest), np.uint8))
 
     return np.packbits(sharding.of_first(find, (64,))).tobytes().hex()

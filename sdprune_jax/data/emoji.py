@@ -5,6 +5,7 @@ WebP sheets beside it, in the order of the index. `tools/render_emoji.py` makes 
 are in NOTICE.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -144,12 +145,15 @@ class EmojiCaptions(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(cache_dir: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
-    """Writes the dataset below `cache_dir`, once; an interrupted attempt leaves nothing behind."""
-    builder = EmojiCaptions(data_dir=cache_dir, file_format="array_record")
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-    )
-    return builder
+    """Writes the dataset below `cache_dir`, once.
+
+    An interrupted attempt leaves nothing behind, and of several at a time the first one stays.
+    """
+    make = functools.partial(EmojiCaptions, data_dir=cache_dir, file_format="array_record")
+    options = tfds.download.DownloadConfig(try_download_gcs=False)
+    with contextlib.suppress(FileExistsError):  # another process has written it meanwhile
+        make().download_and_prepare(download_config=options)
+    return make()
 
 
 def load(split: str, cache_dir: str | os.PathLike[str] = CACHE) -> Pairs:
