@@ -33,6 +33,7 @@ def get_config(size: str | None = None) -> config.Run:
         forward_gates="soft", code_seeds="random", contrastive_scale=1 / _DEVICES,
         snr_weight="published", num_steps=5000, warmup_steps=500, batch_size=_BATCH,
         learning_rate=2e-4 * _BATCH**0.5, ramp_steps=100, remat=True, data=data,
+        losses=config.RouterLosses(highest=0.1, spread=0.1),
     )  # fmt: skip
     training = config.Training(
         num_steps=30_000, batch_size=256, learning_rate=1e-5 * 256**0.5, warmup_steps=250,

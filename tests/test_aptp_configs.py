@@ -1,5 +1,6 @@
 """Configs of APTP that no test runs: what they ask for, and that their cards can be had."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -64,7 +65,9 @@ def test_published_configs_are_planned_for_sixteen_devices(name, stable_diffusio
     assert router.contrastive_scale == 1 / 16
     for section, field, value in PUBLISHED:
         assert getattr(getattr(run, section), field) == value, field
-    assert router.losses == config.RouterLosses()
+    losses = {"denoising": 1.0, "output": 0.2, "block": 0.2, "resource": 2.0, "contrastive": 100.0}
+    losses |= {"highest": 0.1, "spread": 0.1, "code_pull": 0.0}
+    assert dataclasses.asdict(router.losses) == losses
     weights = (finetune.denoising, finetune.output, finetune.block)
     assert weights == ((0.01, 0.5, 0.5) if name == "cc3m" else (1.0, 0.2, 0.2))
     training = finetune.training

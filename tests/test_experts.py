@@ -154,14 +154,15 @@ def test_published_assignment_is_neither_balanced_nor_fitted(model, work, tmp_pa
     assert np.abs(np.load(tmp_path / "assign" / "code_gates.npy") - ours).max() > 0.1
 
 
-def test_every_expert_keeps_the_budget_if_asked(model, work, tmp_path):
+def test_every_expert_keeps_the_budget_or_their_average_if_asked(model, work, tmp_path):
     aptp_model.write_router(tmp_path, model)
-    experts.assign(_run(model, tmp_path, fit_budget="each"), MESH)
+    experts.assign(_run(model, tmp_path, fit_budget="average"), MESH)
     record, average = (
-        json.loads((path / "assign" / "assign.json").read_text()) for path in (tmp_path, work)
+        json.loads((path / "assign" / "assign.json").read_text()) for path in (work, tmp_path)
     )
     assert len(record["logit_shift"]) == len(record["macs_of_experts"]) == 3
     assert len(average["logit_shift"]) == 1
+    assert average["splits"]["train"]["macs"] == pytest.approx(0.7, rel=0.02)
     assert np.ptp(record["macs_of_experts"]) < np.ptp(average["macs_of_experts"])
 
 

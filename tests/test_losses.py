@@ -157,11 +157,11 @@ def test_distillation_is_the_mean_of_the_blocks_and_spares_the_teacher():
     assert not slope.any()
 
 
-def test_losses_are_summed_by_published_weights():
-    parts = {name: jnp.float32(1) for name in losses.WEIGHTS}
-    np.testing.assert_allclose(losses.weighted_sum(parts, losses.WEIGHTS), 103.6, rtol=1e-6)
+def test_losses_are_summed_by_weights():
+    parts, weights = {"a": jnp.float32(3), "b": jnp.float32(0.5)}, {"a": 0.2, "b": 100.0, "c": 1.0}
+    np.testing.assert_allclose(losses.weighted_sum(parts, weights), 50.6, rtol=1e-6)
     with pytest.raises(KeyError, match="another"):
-        losses.weighted_sum(parts | {"another": jnp.float32(1)}, losses.WEIGHTS)
+        losses.weighted_sum(parts | {"another": jnp.float32(1)}, weights)
 
 
 def test_codes_are_pulled_toward_their_prompts_alone():

@@ -21,17 +21,6 @@ from sdprune_jax.models import unet
 RESOURCE_KINDS = ("log", "absolute", "squared")
 SNR_WEIGHTS = ("published", "min_snr")
 
-# Published weights of the router's losses.
-WEIGHTS: Mapping[str, float] = {
-    "denoising": 1.0,
-    "output": 0.2,
-    "block": 0.2,
-    "resource": 2.0,
-    "contrastive": 100.0,
-    "highest": 0.1,
-    "spread": 0.1,
-}
-
 
 def weighted_sum(
     parts: Mapping[str, Float[Array, ""]], weights: Mapping[str, float]
