@@ -91,7 +91,7 @@ def test_costs_of_experts_are_the_means_over_their_prompts(models, tmp_path, cap
 
 def test_milliseconds_are_the_fastest_of_turns_weighed_by_prompts(models, tmp_path, monkeypatch):
     experts = [{"directory": str(models / "half"), "prompts": 1},
-               {"directory": str(models / "quarter"), "prompts": 3}]  # fmt: skip
+               {"directory": str(models / "quarter"), "prompts": 4}]  # fmt: skip
     run = _run(tmp_path / "run", models, {"experts": experts})
     clock, calls = [0.0], []
     taken = {"dense": [9, 4, 5], "half": [9, 3, 2], "quarter": [9, 1, 1]}
@@ -111,8 +111,8 @@ def test_milliseconds_are_the_fastest_of_turns_weighed_by_prompts(models, tmp_pa
     assert [milliseconds[models / n] for n in taken] == pytest.approx([4, 2, 1])
     assert calls[:6] == ["dense", "half", "quarter"] * 2
     rows = _cells(compare_runs.table(found, milliseconds))
-    assert rows[0][6] == "ms a call"
-    assert (rows[2][6], rows[3][6]) == ("4.00", "1.25")
+    assert rows[0][6:8] == ["ms a call", "of dense"]
+    assert (rows[2][6:8], rows[3][6:8]) == (["4.00", "1.000"], ["1.20", "0.300 [0.250, 0.500]"])
 
 
 def test_runs_that_do_not_compare_are_refused_with_every_reason(models, tmp_path):

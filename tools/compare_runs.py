@@ -3,9 +3,10 @@
     python tools/compare_runs.py runs/aptp_study/* [--output table.md] [--repeats 0]
 
 Of every model of every run: MACs and parameters, of a set of experts the means over its prompts;
-milliseconds of a call of the UNet, batch 1, timed in turns here and now; and the figures of
-`evaluate.json`, with their intervals. Runs of other protocols, or another number of images, are
-refused: their figures do not compare. The dense model is taken from the first run.
+milliseconds of a call of the UNet, batch 1, timed in turns here and now, and their share of those
+of the dense UNet [of the fastest expert, of the slowest]; and the figures of `evaluate.json`, with
+their intervals. Runs of other protocols, or another number of images, are refused: their figures do
+not compare. The dense model is taken from the first run.
 """
 
 import argparse
@@ -104,12 +105,12 @@ def rows(runs: Sequence[pathlib.Path]) -> list[Row]:
 
 
 def table(found: Sequence[Row], milliseconds: Mapping[pathlib.Path, float] | None) -> str:
-    """The rows in Markdown; the best figure of a column, dense apart, is not marked: see ends."""
+    """The rows in Markdown; with times, those of the fastest and the slowest expert in brackets."""
     names = [name for name in FIGURES if any(name in row.figures for row in found)]
     costs = {path: _cost(path) for row in found for path in row.directories}
     whole = costs[found[0].directories[0]]
     heads = ["", "experts", "GMACs", "of dense", "M parameters", "of dense"]
-    heads += ["ms a call"] if milliseconds else []
+    heads += ["ms a call", "of dense"] if milliseconds else []
     heads += [FIGURES[name] for name in names]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for row in found:
@@ -119,7 +120,11 @@ def table(found: Sequence[Row], milliseconds: Mapping[pathlib.Path, float] | Non
             mean = sum(share * costs[path][i] for path, share in pairs)
             cells += [f"{mean / unit:.4g}", f"{mean / whole[i]:.3f}"]
         if milliseconds:
-            cells.append(f"{sum(share * milliseconds[path] for path, share in pairs):.2f}")
+            times = [milliseconds[path] for path in row.directories]
+            mean = sum(share * time for time, share in zip(times, row.shares, strict=True))
+            unit = milliseconds[found[0].directories[0]]
+            ends = f" [{min(times) / unit:.3f}, {max(times) / unit:.3f}]" if len(pairs) > 1 else ""
+            cells += [f"{mean:.2f}", f"{mean / unit:.3f}{ends}"]
         lines.append([*cells, *(_figure(row.figures.get(name)) for name in names)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
