@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
 import jax
 import jax.numpy as jnp
 import numpy as np

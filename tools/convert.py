@@ -21,6 +21,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
 import aptp_files
 import flax_files
 import infer_configs

@@ -23,6 +23,8 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
 import clip_files
 import jax
 import numpy as np

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
 import sparse_files
 
 from sdprune_jax import checkpoint

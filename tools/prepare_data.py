@@ -10,6 +10,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
 from sdprune_jax.data import cc3m, coco, sources
 
 _PREPARE = {"coco": coco.prepare, "cc3m": cc3m.prepare}
