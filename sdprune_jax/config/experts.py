@@ -49,8 +49,10 @@ class Router:
     macs_budget: float = within(0.8, 0.0, 1.0)  # share of the UNet's MACs to keep
     mac_counter: str = of("exact", "exact", "paper")  # published: paper
     latent_size: int | None = within(None, 1, 1024)  # of the budget; None: of the training
-    gate_position: str = of("post_norm", "post_norm", "pre_norm")  # published: pre_norm
-    forward_gates: str = of("hard", "soft", "hard")  # published: soft
+    # As published, soft gates before a norm are all but invisible to the UNet, so that ResNets are
+    # cut first and transformers kept: fine-tuning mends that better (README, "Which architecture").
+    gate_position: str = of("pre_norm", "post_norm", "pre_norm")
+    forward_gates: str = of("soft", "soft", "hard")
     optimal_transport: bool = True  # balance the assignment of every batch
     epsilon: float = within(0.05, 1e-6, 1e3)  # of the balance
     code_seeds: str = of("prompts", "random", "prompts")  # published: random
