@@ -4,10 +4,11 @@
 
 A step of APTP after its warm-up: route the prompts, the UNet once without gates and once with gates
 that differ from prompt to prompt, all losses, gradients of the router alone, Adam. In PyTorch the
-UNet is that of diffusers, whose layers' inputs are multiplied by the gates in hooks, as one would
-write it first. Weights and batch are the same, and so is the noise of the step that is compared
-before the timing: the losses must agree. Rounds alternate; other jobs slow both sides, so quote the
-ratio. `sd21` is Stable Diffusion 2.1 at 256 pixels with random weights; on a GPU both sides use it.
+UNet is that of diffusers, whose layers are multiplied by the gates in hooks, as one would write it
+first. Weights and batch are the same, and so is the noise of the step that is compared
+before the timing, which ends there if the losses disagree. Rounds alternate; other jobs slow both
+sides, so quote the ratio. `sd21` is Stable Diffusion 2.1 at 256 pixels with random weights. Both
+sides use a GPU if there is one.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from sdprune_jax.aptp.layout import Layout, layout_of
 from sdprune_jax.models import clip, unet, vae
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_APART = {"float32": 1e-4, "bfloat16": 3e-2}  # losses, relative
 
 
 class Case(NamedTuple):
@@ -60,7 +62,10 @@ def run() -> None:
     ours, theirs = _ours(case, args.dtype), _theirs(case, args.dtype)
     found = {"ours": ours(), "torch": theirs()}  # compiles; the same noise on both sides
     apart = abs(found["ours"] / found["torch"] - 1)
-    print(f"loss {found['ours']:.6f}, torch {found['torch']:.6f}: {apart:.1e} apart")
+    said = f"loss {found['ours']:.6f}, torch {found['torch']:.6f}: {apart:.1e} apart"
+    if apart > _APART[args.dtype]:
+        sys.exit(f"error: not the same step: {said}, expected at most {_APART[args.dtype]:.0e}")
+    print(said)
     taken: dict[str, list[float]] = {"ours": [], "torch": []}
     for _ in range(args.rounds):
         for name, step in (("ours", ours), ("torch", theirs)):
@@ -200,7 +205,7 @@ def _theirs(case: Case, dtype: str) -> Any:
         chosen = code_gates[found]
         with torch.no_grad():
             teacher, teacher_blocks = denoiser(latents, timestep, text, None)
-        student, blocks = denoiser(latents, timestep, text, hard(chosen))
+        student, blocks = denoiser(latents, timestep, text, chosen)
         opened = hard(chosen)
         width = (opened[:, :split] @ sums) / units
         depth = opened[:, split:]
@@ -251,15 +256,18 @@ class _Gated:
         self.model = self.model.to(_DEVICE).eval().requires_grad_(False)
         for name in case.layout.width:
             module = self.model.get_submodule(name)
-            last = (
-                "conv2"
-                if hasattr(module, "conv2")
-                else ("to_out.0" if hasattr(module, "to_out") else "net.2")
-            )
-            layer = module.get_submodule(last)
-            layer.register_forward_pre_hook(
-                lambda _, inputs, name=name: self._narrow(name, inputs[0])
-            )
+            if hasattr(module, "norm2"):
+                module.norm2.register_forward_pre_hook(
+                    lambda _, inputs, name=name: self._narrow(name, inputs[0])
+                )
+                continue
+            is_attention = hasattr(module, "to_q")
+            for layer in ("to_q", "to_k", "to_v") if is_attention else ("net.0.proj",):
+                module.get_submodule(layer).register_forward_hook(
+                    lambda _, __, output, name=name, halves=1 if is_attention else 2: self._narrow(
+                        name, output, halves
+                    )
+                )
         for name in case.layout.depth:
             block = self.model.get_submodule(name.removesuffix(".depth"))
             block.register_forward_hook(
@@ -280,11 +288,13 @@ class _Gated:
     def _keep(self, _: Any, __: Any, output: Any) -> None:
         self.blocks.append(output[0] if isinstance(output, tuple) else output)
 
-    def _narrow(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def _narrow(self, name: str, x: torch.Tensor, halves: int = 1) -> torch.Tensor:
+        """Gates of a site before its norm; a feed-forward's values and scales are two halves."""
         if name not in self.gates:
             return x
         axis = 1 if x.ndim == 4 else 2  # channels of an image, or of tokens
-        gate = self.gates[name].repeat_interleave(x.shape[axis] // self.gates[name].shape[1], 1)
+        gate, num = self.gates[name], x.shape[axis] // halves
+        gate = gate.repeat_interleave(num // gate.shape[1], 1).repeat(1, halves)
         return x * (gate[:, :, None, None] if axis == 1 else gate[:, None])
 
     def _skip(self, name: str, x: torch.Tensor, output: Any) -> Any:
