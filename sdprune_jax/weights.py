@@ -162,23 +162,27 @@ def _place(
     sharding: jax.sharding.Sharding,
 ) -> tuple[Any, int]:
     """One parameter on its devices, and how many of its values are not finite."""
-    axes, count = convert.torch_axes(path, len(shape)), 0
+    part = functools.cache(functools.partial(_part, path, tensor, shape, dtype))  # for replicas
+    bounds = lambda index: tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
+    x = jax.make_array_from_callback(shape, sharding, lambda index: part(bounds(index))[0])
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return x, sum(part(one)[1] for one in set(map(bounds, indices)))
 
-    @functools.cache  # replicas hold the same part
-    def part(bounds: tuple[tuple[int, int, int], ...]) -> Shaped[np.ndarray, "..."]:
-        nonlocal count
-        index = tuple(slice(*bounds[axis]) for axis in axes)
-        x = tensor.slices[index] if index else tensor.read()
-        x = convert.from_torch(path, x.reshape(x.shape[: len(shape)]))
-        with np.errstate(over="ignore"):  # counted
-            x = x.astype(dtype, copy=False)
-        count += _num_nonfinite(x)
-        return x
 
-    def read(index: Any) -> Shaped[np.ndarray, "..."]:
-        return part(tuple(s.indices(n) for s, n in zip(index, shape, strict=True)))
-
-    return jax.make_array_from_callback(shape, sharding, read), count
+def _part(
+    path: str,
+    tensor: tensors.StoredTensor,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    bounds: tuple[tuple[int, int, int], ...],
+) -> tuple[Shaped[np.ndarray, "..."], int]:
+    """What `bounds` hold of a parameter, and how many of its values are not finite."""
+    index = tuple(slice(*bounds[axis]) for axis in convert.torch_axes(path, len(shape)))
+    x = tensor.slices[index] if index else tensor.read()
+    x = convert.from_torch(path, x.reshape(x.shape[: len(shape)]))
+    with np.errstate(over="ignore"):  # counted
+        x = x.astype(dtype, copy=False)
+    return x, _num_nonfinite(x)
 
 
 def _torch_spec(path: str, leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:

@@ -32,6 +32,7 @@ def test_config_runs_as_tiny(path, tmp_path, monkeypatch):
         run.model = str(aptp_model.make(tmp_path / "model", aptp_model.ONE_LEVEL).directory)
         if run.generate and run.evaluate:  # the programs of one serve the other
             run.generate.num_steps = PROTOCOLS[run.evaluate.protocol].num_steps
+            run.generate.batch_size = run.evaluate.batch_size
     checks.check(run)
     outputs = main.run_stages(run)
     assert outputs
