@@ -37,9 +37,10 @@ def models(tmp_path_factory):
     return directory
 
 
-def _run(workdir, models, routed, **protocol):
+def _run(workdir, models, routed, values=None, **protocol):
     value = lambda x: {"latent_mse_to_dense": {"value": x, "low": x - 1, "high": x + 1, "num": 8}}
     record = {
+        "made_from": workdir.name,
         "protocol": PROTOCOL | protocol,
         "models": {
             "dense": {"directory": str(models / "dense"),
@@ -47,7 +48,12 @@ def _run(workdir, models, routed, **protocol):
             "routed": routed | {"figures": value(12.5)},
         },
     }  # fmt: skip
-    workdir.mkdir(exist_ok=True)
+    (workdir / "evaluate").mkdir(parents=True)
+    if values is not None:
+        path = workdir / "evaluate" / f"values-{workdir.name}.npz"
+        np.savez(
+            path, **{"routed/latent_mse_to_dense": values, "dense/clip_embedded_r_at_1": values}
+        )
     (workdir / "evaluate.json").write_text(json.dumps(record))
     return workdir
 
@@ -113,6 +119,28 @@ def test_milliseconds_are_the_fastest_of_turns_weighed_by_prompts(models, tmp_pa
     rows = _cells(compare_runs.table(found, milliseconds))
     assert rows[0][6:8] == ["ms a call", "of dense"]
     assert (rows[2][6:8], rows[3][6:8]) == (["4.00", "1.000"], ["1.20", "0.300 [0.250, 0.500]"])
+
+
+def test_rows_are_compared_image_by_image(models, tmp_path, capsys):
+    """Each image of one is 2 to 3 above the other's, although both spread over a hundred."""
+    rng, routed = np.random.default_rng(0), {"directory": str(models / "half")}
+    base = rng.uniform(0, 100, 50)
+    runs = [
+        _run(tmp_path / "near", models, routed, base),
+        _run(tmp_path / "far", models, routed, base + rng.uniform(2, 3, 50)),
+    ]
+    arguments = [*map(str, runs), "--repeats=0"]
+    compare_runs.main([*arguments, "--against=near"])
+    heads, _, dense, far = _cells(capsys.readouterr().out.split("\n\n")[1])
+    assert heads == ["less near", "latent MSE to dense"]
+    assert dense == ["dense", ""]
+    mean, low, high = (float(x.strip("[,]")) for x in far[1].split())
+    assert 2.3 < low < mean < high < 2.7
+    with pytest.raises(SystemExit, match="expected one of dense, near, far"):
+        compare_runs.main([*arguments, "--against=nearest"])
+    _run(tmp_path / "old", models, routed)
+    with pytest.raises(SystemExit, match=r"no values of each image of old: delete evaluate\.json"):
+        compare_runs.main([str(runs[0]), str(tmp_path / "old"), "--repeats=0", "--against=near"])
 
 
 def test_runs_that_do_not_compare_are_refused_with_every_reason(models, tmp_path):

@@ -179,6 +179,11 @@ def test_an_interrupted_evaluation_of_experts_goes_on(model, work, calls, evalua
     assert set(drawn[before:]) == {3.0}  # of the last expert alone
     record = _record(work, "evaluate.json")["models"]
     assert set(record["routed"]["figures"]) > {"num", "psnr_to_dense"}
+    values = np.load(evaluate.values_path(work, _record(work, "evaluate.json")["made_from"]))
+    for name in ("latent_mse_to_dense", "psnr_to_dense", "ssim_to_dense"):
+        each, said = values[f"routed/{name}"], record["routed"]["figures"][name]
+        assert len(each) == said["num"] == 11
+        assert each.mean() == pytest.approx(said["value"])
     assert [row["prompts"] for row in record["routed"]["experts"]] == np.bincount(
         experts.of_prompts(work, model, TEXTS, MESH), minlength=3
     ).tolist()

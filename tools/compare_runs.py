@@ -1,12 +1,14 @@
 """One table of several evaluated runs, in Markdown: what each costs, and what it draws.
 
-    python tools/compare_runs.py runs/aptp_study/* [--output table.md] [--repeats 0]
+    python tools/compare_runs.py runs/aptp_study/* [--output FILE] [--repeats 0] [--against NAME]
 
 Of every model of every run: MACs and parameters, of a set of experts the means over its prompts;
 milliseconds of a call of the UNet, batch 1, timed in turns here and now, and their share of those
 of the dense UNet [of the fastest expert, of the slowest]; and the figures of `evaluate.json`, with
 their intervals. Runs of other protocols, or another number of images, are refused: their figures do
-not compare. The dense model is taken from the first run.
+not compare. The dense model is taken from the first run. `--against` adds by how much every row is
+above one of them, with the interval of the differences image by image: prompts and noise are the
+same, so it is narrower than those of the two.
 """
 
 import argparse
@@ -24,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdprune_jax import checkpoint, macs, tensors
+from sdprune_jax.evaluate import run as evaluate
+from sdprune_jax.metrics import interval
 from sdprune_jax.models import unet
 
 # Key of a figure, and how the table calls it; those that no run has are left out.
@@ -48,12 +52,14 @@ class Row(NamedTuple):
         directories: of its experts, or one.
         shares: of prompts, by directory; sums to 1.
         figures: of `evaluate.json`.
+        values: of each image, by figure; none of an evaluation by an older version.
     """
 
     name: str
     directories: list[pathlib.Path]
     shares: list[float]
     figures: Mapping[str, Mapping[str, Any]]
+    values: Mapping[str, np.ndarray]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,10 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=pathlib.Path, nargs="+", help="working directories")
     parser.add_argument("--output", type=pathlib.Path, help="a file to write the table to, too")
     parser.add_argument("--repeats", type=int, default=5, help="of the timing; 0 leaves it out")
+    parser.add_argument("--against", help="a row, by its name in the table")
     args = parser.parse_args(arguments)
     try:
         found = rows(args.runs)
+        differences = f"\n\n{against(found, args.against)}" if args.against else ""
         text = table(found, _milliseconds(found, args.repeats) if args.repeats else None)
+        text += differences
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(text)
@@ -93,6 +102,8 @@ def rows(runs: Sequence[pathlib.Path]) -> list[Row]:
         raise ValueError("these runs do not compare:\n  " + "\n  ".join(problems))
     found = []
     for run, record in records.items():
+        stored = evaluate.values_path(run, record.get("made_from", ""))
+        values = dict(np.load(stored)) if stored.is_file() else {}
         for name, model in record["models"].items():
             if name == "dense" and found:
                 continue
@@ -102,7 +113,8 @@ def rows(runs: Sequence[pathlib.Path]) -> list[Row]:
             said = {"dense": "dense", "routed": run.name}.get(name, f"{run.name}, {name}")
             directories = [pathlib.Path(part["directory"]) for part in parts]
             shares = [part["prompts"] / total for part in parts]
-            found.append(Row(said, directories, shares, model["figures"]))
+            own = {key.split("/")[1]: x for key, x in values.items() if key.startswith(f"{name}/")}
+            found.append(Row(said, directories, shares, model["figures"], own))
     return found
 
 
@@ -129,6 +141,39 @@ def table(found: Sequence[Row], milliseconds: Mapping[pathlib.Path, float] | Non
             cells += [f"{mean:.2f}", f"{mean / unit:.3f}{ends}"]
         lines.append([*cells, *(_figure(row.figures.get(name)) for name in names)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def against(found: Sequence[Row], name: str) -> str:
+    """By how much each row is above the one of that name, in Markdown.
+
+    Raises:
+        ValueError: if there is no such row, or no values of each image.
+    """
+    names = [row.name for row in found]
+    if name not in names:
+        raise ValueError(f"--against is {name!r}, expected one of {', '.join(names)}")
+    lacking = [row.name for row in found if not row.values]
+    if lacking:
+        raise ValueError(
+            f"no values of each image of {', '.join(lacking)}: delete evaluate.json and evaluate"
+            " again; images and features are kept, so that takes seconds"
+        )
+    base = found[names.index(name)].values
+    keys = [key for key in FIGURES if key in base]
+    lines = [[f"less {name}", *(FIGURES[key] for key in keys)], ["---", *["---:"] * len(keys)]]
+    for row in found:
+        if row.name != name:
+            cells = [_difference(row.values.get(key), base[key]) for key in keys]
+            lines.append([row.name, *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _difference(values: np.ndarray | None, base: np.ndarray) -> str:
+    if values is None:  # of the dense model there is no distance to itself
+        return ""
+    each = values.astype(np.float64) - base
+    ends = interval.of_mean(each)
+    return f"{each.mean():+.4g} [{ends.low:+.4g}, {ends.high:+.4g}]"
 
 
 def _how(protocol: Mapping[str, Any]) -> str:

@@ -32,7 +32,9 @@ _Read = Callable[[int], UInt8[np.ndarray, "h w 3"]]
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """Writes `workdir/evaluate.json`: the protocol, and every figure of every model.
 
-    Beside a figure stand the number of its images and, where there is one, its interval.
+    Beside a figure stand the number of its images and, where there is one, its interval. What means
+    are of, image by image, is in `evaluate/values-*.npz`, by the record's fingerprint: prompts and
+    noise are the same for all models of all runs of a protocol, so these can be compared in pairs.
 
     Raises:
         ValueError: naming what the protocol needs that is not there.
@@ -76,6 +78,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
                 figures[name] |= scores.lpips_to_dense(
                     *pair, perceptual, mesh, num_resamples=section.num_resamples
                 )
+    of_each: dict[str, Any] = {
+        f"{name}/{key}": x
+        for name, found in figures.items()
+        for key, x in scores.take_values(found).items()
+    }
     values = {
         "made_from": made_from,
         "protocol": dataclasses.asdict(protocol)
@@ -88,9 +95,15 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         },
     }
     if jax.process_index() == 0:
+        np.savez(values_path(work, made_from), **of_each)
         tensors.write_json(record, values)
     sharding.wait_for_all(record.name)
     return record
+
+
+def values_path(workdir: pathlib.Path, made_from: str) -> pathlib.Path:
+    """Where the values of each image are: arrays `model/figure` of one evaluation."""
+    return workdir / "evaluate" / f"values-{made_from}.npz"
 
 
 def _key(run: config.Run, protocol: Protocol, state: Any, size: tuple[int, int]) -> str:

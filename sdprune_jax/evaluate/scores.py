@@ -17,7 +17,7 @@ from sdprune_jax.metrics.features import cached, extract
 
 _AT_ONCE = 64  # images in memory
 
-Figures = dict[str, dict[str, Any]]  # name -> value, low, high, num, chance
+Figures = dict[str, dict[str, Any]]  # name -> value, low, high, num, chance; of_each of a mean
 
 
 def of_metric(
@@ -110,6 +110,11 @@ def to_dense(
     return {name: _mean(np.concatenate(x), num_resamples) for name, x in parts.items()}
 
 
+def take_values(figures: Figures) -> dict[str, Float[np.ndarray, " n"]]:
+    """Takes out of the figures that are means what they are the means of, image by image."""
+    return {name: one.pop("of_each") for name, one in figures.items() if "of_each" in one}
+
+
 def lpips_to_dense(
     directory: pathlib.Path,
     dense: pathlib.Path,
@@ -165,7 +170,7 @@ def _kernel(
 
 
 def _mean(values: Float[np.ndarray, " n"], num_resamples: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"value": float(values.mean()), "num": len(values)}
+    found: dict[str, Any] = {"value": float(values.mean()), "num": len(values), "of_each": values}
     if num_resamples:
         ends = interval.of_mean(values, num_resamples=num_resamples)
         found |= {"low": ends.low, "high": ends.high}
