@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from sdprune_jax import checks, command_line, main, sharding
+from sdprune_jax.evaluate import task
 from sdprune_jax.evaluate.protocols import PROTOCOLS
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -18,6 +19,12 @@ _RUN_ALIKE = ("aptp_cc3m", "aptp_coco", "aptp_study", "study_embedded", "sd21_ma
 _RUN = [path for path in CONFIGS if path.stem not in _RUN_ALIKE]
 
 
+def _few_references(load, *args):
+    """Features of all ten thousand pictures would take longer than the rest of a config."""
+    asked = load(*args)
+    return asked._replace(num_references=min(asked.num_references, 64))
+
+
 @pytest.mark.parametrize("path", _RUN, ids=lambda path: path.stem)
 def test_config_runs_as_tiny(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -26,6 +33,7 @@ def test_config_runs_as_tiny(path, tmp_path, monkeypatch):
     run.mesh.data = -1
     one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])  # compiles faster
     monkeypatch.setattr(sharding, "make_mesh", one_device)
+    monkeypatch.setattr(task, "load", functools.partial(_few_references, task.load))
     if path.stem == "evaluate_embedded":  # aptp_emoji evaluates experts too
         run.router = run.assign = run.materialise = run.finetune = None
     if run.router:  # trains every expert, and each has programs of its own
