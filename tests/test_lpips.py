@@ -145,7 +145,8 @@ def test_each_image_is_compared_with_the_dense_models_own(tmp_path):
     assert found["num"] == 3
     same = scores.lpips_to_dense(folders[1], folders[1], 3, network, _MESH, num_resamples=0)
     assert same["lpips_to_dense"]["value"] < 1e-12  # and not what was cached
-    assert same["lpips_to_dense"].keys() == {"value", "num"}
+    assert same["lpips_to_dense"].keys() == {"value", "num", "of_each"}
+    np.testing.assert_allclose(found["of_each"], distances, rtol=1e-4)
 
 
 def test_the_figure_is_there_if_the_weights_are(tmp_path, monkeypatch):
