@@ -1,5 +1,6 @@
 """tools/convert.py, against the converters of diffusers and by round trips."""
 
+import importlib
 import json
 import pathlib
 import sys
@@ -24,7 +25,7 @@ from sdprune_jax.checkpoint import COMPONENTS
 from sdprune_jax.models import clip, unet, vae
 
 torch = tiny_pipeline.torch
-single_file_utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+single_file_utils = importlib.import_module("diffusers.loaders.single_file_utils")  # needs torch
 FULL = checkpoint.Model(
     clip.TextConfig(), unet.UNetConfig(), vae.VAEConfig(), diffusion.Schedule(), pathlib.Path()
 )

@@ -111,7 +111,7 @@ def dense(bench: Bench, seed: int, folder: pathlib.Path) -> dict[str, Any]:
     start = time.perf_counter()
     _render(bench, bench.params, seed, folder)
     figures = _measure(bench, folder)
-    scores.take_values(figures)
+    scores.take_values(figures)  # a row has means alone
     num = len(bench.asked.prompts)
     batches = (
         images.latents(folder, range(first, min(first + _AT_ONCE, num)))
@@ -160,7 +160,7 @@ def trial(
     assert bench.run.sweep is not None
     resamples = bench.run.sweep.measure.num_resamples
     figures |= scores.to_dense(folder, of_dense, len(bench.asked.prompts), resamples)
-    scores.take_values(figures)
+    scores.take_values(figures)  # a row has means alone
     clock.append(time.perf_counter())
     seconds = np.diff(clock).round(3).tolist()
     return {

@@ -5,10 +5,10 @@
 A step of APTP after its warm-up: route the prompts, the UNet once without gates and once with gates
 that differ from prompt to prompt, all losses, gradients of the router alone, Adam. In PyTorch the
 UNet is that of diffusers, whose layers are multiplied by the gates in hooks, as one would write it
-first. Weights and batch are the same, and so is the noise of the step that is compared
-before the timing, which ends there if the losses disagree. Rounds alternate; other jobs slow both
-sides, so quote the ratio. `sd21` is Stable Diffusion 2.1 at 256 pixels with random weights. Both
-sides use a GPU if there is one.
+first. Weights and batch are the same, and so is the noise of the step that is compared before the
+timing, which does not begin if the losses disagree. The fastest rounds count; they alternate, and
+other jobs slow both sides, so quote the ratio. `sd21` is Stable Diffusion 2.1 at 256 pixels with
+random weights. Both sides use a GPU if there is one.
 """
 
 import argparse
