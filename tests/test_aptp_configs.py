@@ -24,7 +24,6 @@ PUBLISHED = (
     ("assign", "balance", "none"), ("assign", "fit_budget", "none"),
     ("finetune", "snr_weight", "published"), ("finetune", "caption_dropout", 0.0),
     ("finetune", "schedule", "constant"), ("finetune", "min_snr_gamma", 5.0),
-    ("finetune", "shared", 0.0),
 )  # fmt: skip
 
 

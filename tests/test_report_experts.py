@@ -58,7 +58,6 @@ def _write(tmp_path, cut=None, **more):
         "finetuned/finetune.json": {
             "experts": [{"directory": f"{i:02d}"} | losses for i in range(2)],
             "skipped": ["02"],
-            "shared": {"before": {"val_loss": 0.7}, "after": {"val_loss": 0.525}},
         },
         "experts/00/prompts.json": {"train": ["an owl"] * 30, "val": ["a <red> apple", "a cat"]},
         "experts/01/prompts.json": {"train": ["a dog"] * 10, "val": []},
@@ -83,7 +82,6 @@ def test_page_says_who_draws_what_and_what_it_costs(tmp_path):
         "60.0 M, 60.0%",
         "1.5 M, 75.0%",
         "0.4125",
-        "loss 0.7, then 0.525",
         "for want of prompts: 2.",
         "-0.50%",
         "+2.00%",

@@ -204,11 +204,6 @@ def _numbers(files: Files) -> str:
     if trained:
         columns += ["loss, as cut", "loss, trained"]
         said += " The loss is that of its training, on unseen prompts."
-    if (shared := files.finetuned.get("shared", {})).get("after"):
-        said += (
-            " They were cut from weights that all had trained together, under the gates of each"
-            f" prompt's expert: loss {_loss(shared, 'before')}, then {_loss(shared, 'after')}."
-        )
     skipped = files.finetuned.get("skipped", [])
     if skipped:
         said += (
