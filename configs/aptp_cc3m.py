@@ -48,7 +48,7 @@ def get_config(size: str | None = None) -> config.Run:
         materialise=config.Materialise(),
         finetune=config.Finetune(
             denoising=0.01, output=0.5, block=0.5, snr_weight="published", caption_dropout=0.0,
-            schedule="constant", shared=0.0, remat=True, training=training,
+            schedule="constant", remat=True, training=training,
         ),
         evaluate=config.Evaluate(
             protocol="aptp-cc3m", data="data/cc3m", networks="models/metrics", num_resamples=0

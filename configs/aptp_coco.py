@@ -45,7 +45,7 @@ def get_config(size: str | None = None) -> config.Run:
         materialise=config.Materialise(),
         finetune=config.Finetune(
             denoising=1.0, output=0.2, block=0.2, snr_weight="published", caption_dropout=0.0,
-            schedule="constant", shared=0.0, remat=True, training=training,
+            schedule="constant", remat=True, training=training,
         ),
         evaluate=config.Evaluate(
             protocol="aptp-coco", data="data/coco", networks="models/metrics", num_resamples=0

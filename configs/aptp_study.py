@@ -78,7 +78,7 @@ def _published(run: config.Run) -> None:
     run.router.num_steps = 2000
     run.assign = config.Assign("published", "draw", "none", fit_budget="none")
     run.finetune = dataclasses.replace(
-        _finetune(), denoising=0.01, snr_weight="published", caption_dropout=0.0, shared=0.0
+        _finetune(), denoising=0.01, snr_weight="published", caption_dropout=0.0
     )
 
 

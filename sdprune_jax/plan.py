@@ -194,7 +194,7 @@ def _experts(run: config.Run, model: checkpoint.Model, shapes: Any, mesh: Mesh) 
 
     The router's weights are none of the student's, whose own have no gradient: one back.
     """
-    from sdprune_jax.aptp import distillation, pictures
+    from sdprune_jax.aptp import finetune, pictures
 
     made_by = run.router or run.slice
     data = made_by.data if made_by else config.RouterData()
@@ -212,17 +212,12 @@ def _experts(run: config.Run, model: checkpoint.Model, shapes: Any, mesh: Mesh) 
         )
     if section := run.finetune:
         training = section.training
-        own = training.batch_size * unet * (1 + (3 + section.remat) * share)
-        shared = round(section.shared * training.num_steps) if count > 1 else 0
-        optimizer = distillation.make_optimizer(section, training.num_steps)
+        work = training.batch_size * unet * (1 + (3 + section.remat) * share)
+        optimizer = finetune.make_optimizer(section)
         state = jax.eval_shape(lambda params: train.init_state(params, optimizer), shapes)
-        together = ""
-        if shared:
-            whole = training.batch_size * unet * (4 + section.remat)
-            together = f"{shared * count:,} steps together, {whole / 1e12:,.3g} TMACs each, then "
         yield (
-            f"finetune: experts {count}, {together}each {training.num_steps - shared:,} steps of"
-            f" {training.batch_size:,} prompts, about {own / 1e12:,.3g} TMACs each; a device"
+            f"finetune: experts {count}, each {training.num_steps:,} steps of"
+            f" {training.batch_size:,} prompts, about {work / 1e12:,.3g} TMACs each; a device"
             f" holds {frozen} of teacher and at most {_size(_bytes_a_device(state, mesh))} of state"
         )
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import aptp_model
 import jax
@@ -12,7 +11,7 @@ import optax
 import pytest
 
 from sdprune_jax import checkpoint, config, sharding
-from sdprune_jax.aptp import data, distillation, experts, finetune
+from sdprune_jax.aptp import data, experts, finetune
 from sdprune_jax.models import unet
 
 MESH = aptp_model.MESH
@@ -34,7 +33,7 @@ def _work(model, workdir, prompts_of=(0, 2)):
         workdir=str(workdir), model=str(model.directory), assign=config.Assign(),
         # Of a random teacher, denoising leads away: what is to fall is the distance to it alone.
         materialise=config.Materialise(),
-        finetune=config.Finetune(denoising=0.0, shared=0.0, training=TRAINING),
+        finetune=config.Finetune(denoising=0.0, training=TRAINING),
     )  # fmt: skip
     experts.assign(run, MESH)
     for split, count in (("train", 48), ("val", 24)):
@@ -85,79 +84,32 @@ def test_experts_learn_and_those_without_prompts_are_skipped(model, tmp_path, mo
     assert len(batches) == count
 
 
-def test_experts_first_learn_together_then_go_on_from_what_they_keep(model, tmp_path, monkeypatch):
-    run, fit, batch = _work(model, tmp_path), distillation.fit, data.Examples.batch
-    run.finetune.shared, calls, starts, interrupted = 0.5, [], {}, []
-
-    def noted(section, num_steps, loss_fn, params, batch_of, rows, frozen, **rest):
-        before = jax.tree.map(np.array, params)
-        found = fit(section, num_steps, loss_fn, params, batch_of, rows, frozen, **rest)
-        calls.append((loss_fn, before, batch_of, frozen, *found))
-        return found
-
-    def fails_once(self, rows, seed):
-        if seed == [0, 3] and not interrupted:
-            interrupted.append(seed)
-            raise KeyboardInterrupt
-        return batch(self, rows, seed)
-
-    def train_expert(task, expert, params, num_steps, target):
-        del task
-        starts[expert] = params
-        assert num_steps == 2
-        target.mkdir()
-        return {}
-
-    monkeypatch.setattr(distillation, "fit", noted)
-    monkeypatch.setattr(data.Examples, "batch", fails_once)
-    monkeypatch.setattr(finetune, "_train_expert", train_expert)
-    with pytest.raises(KeyboardInterrupt):
-        finetune.run(run, MESH)
-    record = json.loads((finetune.run(run, MESH) / "finetune.json").read_text())
-    assert record["shared"]["after"]["val_output"] < record["shared"]["before"]["val_output"]
-    ((loss_of, before, batch_of, frozen, shared, _),) = calls
-    assert jax.tree.all(jax.tree.map(np.array_equal, before, frozen["teacher"]))  # it is there yet
-    keep = np.load(tmp_path / "assign" / "architectures.npy")
-    np.testing.assert_array_equal(batch_of("train", np.arange(4), [0])["gates"], keep[[0, 2, 0, 2]])
-
-    expert = checkpoint.open_model(tmp_path / "experts" / "02").unet
-    mine, losses = batch_of("train", np.arange(1, 16, 2), [0]), []
-    loss_of_cut = distillation.make_loss(run.finetune, model, expert)
-    for of, params in ((loss_of, shared), (loss_of_cut, starts[2])):
-        losses.append(jax.jit(of)(params, frozen, mine, jax.random.key(0))[0])
-    np.testing.assert_allclose(*losses, rtol=1e-5)
-
-    for directory in ("finetune", "finetuned"):
-        shutil.rmtree(tmp_path / directory)
-    finetune.run(run, MESH)
-    assert jax.tree.all(jax.tree.map(np.array_equal, calls[1][4], shared))  # and without a break
-
-
 def test_batches_are_of_the_experts_own_prompts(model, tmp_path, monkeypatch):
     run, rows_seen = _work(model, tmp_path), {}
 
-    def fit(section, num_steps, loss_fn, params, batch_of, rows, frozen, **rest):
-        del section, num_steps, loss_fn, batch_of, frozen
-        rows_seen[rest["directory"].name] = rows
-        return params, {"before": {}, "after": {}}
+    def train_expert(run, model, source, target, examples, rows, frozen, mesh, directory):
+        del run, model, source, examples, frozen, mesh, directory
+        rows_seen[target.name] = rows
+        target.mkdir()
+        return {"before": {}, "after": {}}
 
-    monkeypatch.setattr(distillation, "fit", fit)
+    monkeypatch.setattr(finetune, "_train_expert", train_expert)
     output = finetune.run(run, MESH)
     record = json.loads((output / "finetune.json").read_text())
     assert record["skipped"] == ["01"]
-    np.testing.assert_array_equal(rows_seen["expert-00"]["train"], np.arange(0, 48, 2))
-    np.testing.assert_array_equal(rows_seen["expert-02"]["val"], np.arange(1, 24, 2))
+    np.testing.assert_array_equal(rows_seen["00"]["train"], np.arange(0, 48, 2))
+    np.testing.assert_array_equal(rows_seen["02"]["val"], np.arange(1, 24, 2))
 
     calls = len(rows_seen)
     rows_seen.clear()
-    changed = dataclasses.replace(run, finetune=dataclasses.replace(run.finetune, output=0.1))
+    changed = dataclasses.replace(run, finetune=config.Finetune(training=TRAINING, output=0.1))
     finetune.run(changed, MESH)  # of another config: nothing of the old one is kept
     assert len(rows_seen) == calls
 
 
 def test_an_undamaged_student_has_nothing_to_distil(model):
     section = config.Finetune(denoising=0.0, caption_dropout=0.5)
-    loss_fn = distillation.make_loss(section, model, model.unet)
+    loss_fn = finetune.make_loss(section, model, model.unet)
     params = aptp_model.random_params(unet.param_shapes(model.unet), 5)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -177,9 +129,7 @@ def test_published_rate_stays_after_its_ramp():
     moves = {}
     for schedule in ("constant", "cosine"):
         training = dataclasses.replace(TRAINING, num_steps=50, warmup_steps=2, weight_decay=0.0)
-        optimizer = distillation.make_optimizer(
-            config.Finetune(schedule=schedule, training=training), training.num_steps
-        )
+        optimizer = finetune.make_optimizer(config.Finetune(schedule=schedule, training=training))
         params = {"w": jnp.zeros(2)}
         state, update = optimizer.init(params), jax.jit(optimizer.update)
         for _ in range(40):
@@ -198,7 +148,4 @@ def test_missing_experts_and_impossible_batches_are_refused(model, tmp_path):
     run.finetune.training = dataclasses.replace(TRAINING, batch_size=12, warmup_steps=4)
     with pytest.raises(ValueError, match="a multiple of the 8 devices") as error:
         finetune.run(run, sharding.make_mesh())
-    assert "warmup_steps is 4, not fewer than the 4 steps of a cycle of an" in str(error.value)
-    run.finetune.shared = 0.75
-    with pytest.raises(ValueError, match="the 1 steps of a cycle of an expert alone"):
-        finetune.run(run, sharding.make_mesh())
+    assert "warmup_steps is 4, not fewer than the 4 steps of a cycle" in str(error.value)

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Int32
+from jaxtyping import Int32
 
 from sdprune_jax import checkpoint, config, convert, macs, sharding, sites, tensors
 from sdprune_jax.aptp import pictures
 from sdprune_jax.data import emoji
 from sdprune_jax.models import unet
 
-_RECORD, _ARCHITECTURES = "experts.json", "architectures"
+_RECORD = "experts.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,6 @@ class Experts(NamedTuple):
         rows: by split, the expert of every prompt.
         cache: where latents and text states are kept.
         made_from: a fingerprint.
-        architectures: the gates that each keeps; None if they were not cut by gates.
     """
 
     directories: list[pathlib.Path]
@@ -76,7 +75,6 @@ class Experts(NamedTuple):
     rows: dict[str, Int32[np.ndarray, " rows"]]
     cache: pathlib.Path
     made_from: str
-    architectures: Bool[np.ndarray, "k d"] | None
 
 
 def is_written(work: pathlib.Path, made_from: str) -> bool:
@@ -92,7 +90,6 @@ def write(
     rows: Mapping[str, Int32[np.ndarray, " _rows"]],
     save_dtype: str,
     record: Mapping[str, Any],
-    architectures: Bool[np.ndarray, "k d"] | None = None,
 ) -> pathlib.Path:
     """Writes `workdir/experts`, which appears when complete.
 
@@ -109,7 +106,6 @@ def write(
         rows: by split, the expert of every prompt.
         save_dtype: of the weights.
         record: more for `experts.json`, with at least `made_from`.
-        architectures: the gates that each expert keeps, if it was cut by gates.
     """
     output = pathlib.Path(run.workdir) / "experts"
     size, tokens = purpose.latent_size, model.text_encoder.max_position_embeddings
@@ -151,10 +147,7 @@ def write(
                 "kept": cut.kept,
             }
         )
-    arrays = {f"experts_{split}": of_prompt for split, of_prompt in rows.items()}
-    if architectures is not None:
-        arrays[_ARCHITECTURES] = architectures
-    save_arrays(partial, arrays)
+    save_arrays(partial, {f"experts_{split}": of_prompt for split, of_prompt in rows.items()})
     values = {
         **record,
         "model": run.model,
@@ -178,7 +171,7 @@ def read(work: pathlib.Path) -> Experts:
             f"{directory} has no experts: make them with --config.materialise=build, or one for"
             " all prompts with --config.slice=build"
         )
-    values, path = tensors.read_json(directory / _RECORD), directory / f"{_ARCHITECTURES}.npy"
+    values = tensors.read_json(directory / _RECORD)
     return Experts(
         [directory / row["directory"] for row in values["experts"]],
         config.RouterData(**values["data"]),
@@ -186,7 +179,6 @@ def read(work: pathlib.Path) -> Experts:
         {split: np.load(directory / f"experts_{split}.npy") for split in emoji.SPLITS},
         work / values["cache"],
         values["made_from"],
-        np.load(path) if path.is_file() else None,
     )
 
 

@@ -218,10 +218,9 @@ def materialise(run: config.Run, mesh: Mesh) -> pathlib.Path:
     layout = layout_of(sites.table(model.unet))
     dense = checkpoint.load(model, "unet", variant=purpose.variant or None)
     dense = jax.tree.map(np.asarray, dense)
-    architectures = np.load(work / "assign" / "architectures.npy")
 
     def cuts() -> Iterator[expert_files.Cut]:
-        for vector in architectures:
+        for vector in np.load(work / "assign" / "architectures.npy"):
             architecture = to_architecture(vector, layout)
             params, unet_config = sites.slice_params(dense, model.unet, architecture)
             kept = {site: int(units.sum()) for site, units in architecture.items()}
@@ -232,9 +231,8 @@ def materialise(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
     rows = {split: np.load(work / "assign" / f"experts_{split}.npy") for split in emoji.SPLITS}
     return expert_files.write(
-        run, model, dense, cuts(), purpose, rows, section.save_dtype, {"made_from": made_from},
-        architectures,
-    )  # fmt: skip
+        run, model, dense, cuts(), purpose, rows, section.save_dtype, {"made_from": made_from}
+    )
 
 
 def _labels(prompts: pictures.Prompts) -> dict[str, Int[np.ndarray, " rows"]]:

@@ -1,42 +1,25 @@
-"""Stage `finetune`: every expert learns from its own prompts and from the dense UNet.
-
-Experts may first learn together: one set of weights of the dense shape, of which each batch uses,
-for every prompt, what the prompt's expert keeps. So every expert profits from all prompts and
-steps, then goes on alone. Source: weights shared by networks of several widths, as in Slimmable
-Neural Networks, ICLR 2019 (https://arxiv.org/abs/1812.08928), and Once-for-All, ICLR 2020
-(https://arxiv.org/abs/1908.09791).
-"""
+"""Stage `finetune`: every expert learns from its own prompts and from the dense UNet."""
 
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 from jax.sharding import Mesh
+from jaxtyping import Int
 
-from sdprune_jax import checkpoint, config, sharding, sites, tensors, train, train_settings
-from sdprune_jax.aptp import data, distillation, expert_files, pictures
-from sdprune_jax.aptp.distillation import Rows
-from sdprune_jax.aptp.layout import layout_of, to_architecture
+from sdprune_jax import checkpoint, config, sharding, tensors, train, train_settings
+from sdprune_jax.aptp import data, expert_files, losses, pictures
 from sdprune_jax.data import cache
+from sdprune_jax.models import unet
 
-
-class _Task(NamedTuple):
-    """What the trainings of a run have in common."""
-
-    run: config.Run
-    section: config.Finetune
-    model: checkpoint.Model
-    experts: expert_files.Experts
-    examples: Mapping[str, data.Examples]
-    frozen: train.Params
-    mesh: Mesh
-    trainings: pathlib.Path
+_NUM_EVALUATED = 8  # batches of unseen prompts
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -61,12 +44,24 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
         logging.info("%s is complete: made from the same config and experts", output)
         return output
-    together, alone = _num_steps(section, experts)
-    _check(section, together, alone, mesh)
+    training, problems = section.training, []
+    if training.batch_size % mesh.size:
+        problems.append(
+            f"batch_size is {training.batch_size}, expected a multiple of the {mesh.size} devices"
+        )
+    if training.warmup_steps >= training.num_steps // training.cycles:
+        problems.append(
+            f"warmup_steps is {training.warmup_steps}, not fewer than the"
+            f" {training.num_steps // training.cycles} steps of a cycle"
+        )
+    if problems:
+        text = "\n  its ".join(problems)
+        raise ValueError(f"config.finetune.training is not possible:\n  its {text}")
     train_settings.keep(trainings, settings, run.force)
 
+    rows = {split: experts.rows[split] for split in ("train", "val")}
     examples = {}
-    for split in ("train", "val"):
+    for split in rows:
         pairs = pictures.load(experts.data, split)
         texts = pictures.prompts(experts.data, pairs, split, experts.seed).texts
         examples[split] = data.examples(
@@ -76,116 +71,153 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         "teacher": _load(model, mesh, run.variant or None),
         "null": jnp.asarray(examples["train"].null, jnp.float32),
     }
-    task = _Task(run, section, model, experts, examples, frozen, mesh, trainings)
-    partial = _partial(output, made_from)
-    shared, figures = _train_shared(task, together) if together else (None, {})
 
+    partial = _partial(output, made_from)
     done, skipped = [], []
     for expert, source in enumerate(experts.directories):
         name = source.name
-        if expert not in experts.rows["train"]:
+        mine = {split: np.flatnonzero(found == expert) for split, found in rows.items()}
+        if not len(mine["train"]):
             logging.warning("expert %s has no prompt to train on: skipped", name)
             skipped.append(name)
             continue
         if not sharding.of_first((partial / name / "finetune.json").exists):
-            own = _train_expert(task, expert, _start(task, shared, expert), alone, partial / name)
+            figures = _train_expert(
+                run, model, source, partial / name, examples, mine, frozen, mesh,
+                trainings / f"expert-{name}",
+            )  # fmt: skip
             if jax.process_index() == 0:
                 shutil.copyfile(source / "prompts.json", partial / name / "prompts.json")
-                tensors.write_json(partial / name / "finetune.json", own)
+                tensors.write_json(partial / name / "finetune.json", figures)
             sharding.wait_for_all(name)
         done.append({"directory": name} | tensors.read_json(partial / name / "finetune.json"))
     if not done:
         raise ValueError(f"none of the {len(skipped)} experts in {work} has a prompt to train on")
-    values = {"made_from": made_from, "section": dataclasses.asdict(section), "shared": figures}
+    values = {"made_from": made_from, "section": dataclasses.asdict(section)}
     values |= {"experts": done, "skipped": skipped}
     return expert_files.finish(partial, output, "finetune.json", values)
 
 
-def _num_steps(section: config.Finetune, experts: expert_files.Experts) -> tuple[int, int]:
-    """How many steps all experts take together, and how many each of them alone.
+def make_loss(
+    section: config.Finetune,
+    model: checkpoint.Model,
+    unet_config: unet.UNetConfig,
+    dtype: Any = jnp.float32,
+) -> train.LossFn:
+    """The loss of an expert's parameters; `frozen` has `teacher` and the states of no text, `null`.
 
-    One expert, or one that was not cut by gates, has nothing to share.
+    Teacher and student see the same, and no text at times. Blocks that only one of them has are
+    not compared.
     """
-    training, count = section.training, len(np.unique(experts.rows["train"]))
-    if experts.architectures is None or count < 2:
-        return 0, training.num_steps
-    shared = round(section.shared * training.num_steps)
-    return shared * count, training.num_steps - shared
+    pairs = losses.common_blocks(unet_config, model.unet)
+    teach: Any = unet.UNet(model.unet, dtype).apply
+    apply: Any = unet.UNet(unet_config, dtype, remat=section.remat).apply
+    kind = model.schedule.prediction_type
+    weights = {"denoising": section.denoising, "output": section.output, "block": section.block}
+
+    def loss_fn(params, frozen, batch, key):
+        keys = jax.random.split(key)
+        noisy = data.noised(batch, keys[0], model.schedule, model.vae.scaling_factor)
+        drop = jax.random.bernoulli(keys[1], section.caption_dropout, noisy.timestep.shape)
+        text = jnp.where(drop[:, None, None], frozen["null"], batch["text"].astype(jnp.float32))
+        inputs = (noisy.latents, noisy.timestep, text)
+        teacher, teacher_blocks = teach({"params": frozen["teacher"]}, *inputs, return_blocks=True)
+        student, blocks = apply({"params": params}, *inputs, return_blocks=True)
+        parts = {
+            "denoising": losses.denoising(
+                student, noisy.target, noisy.alpha_cumprod, kind, section.min_snr_gamma or None,
+                section.snr_weight,
+            ),
+            "output": losses.output_distillation(student, teacher),
+            "block": losses.block_distillation(
+                [blocks[i] for i, _ in pairs], [teacher_blocks[j] for _, j in pairs]
+            ),
+        }  # fmt: skip
+        loss = losses.weighted_sum(parts, weights)
+        return loss, parts | {"loss": loss}
+
+    return loss_fn
 
 
-def _check(section: config.Finetune, together: int, alone: int, mesh: Mesh) -> None:
-    """Refuses what cannot be trained, naming every problem."""
-    training, problems = section.training, []
-    if training.batch_size % mesh.size:
-        problems.append(
-            f"training.batch_size is {training.batch_size}, expected a multiple of the"
-            f" {mesh.size} devices"
-        )
-    asked = {"an expert alone": alone} | ({"all experts together": together} if together else {})
-    for of, steps in asked.items():
-        length = steps // training.cycles
-        if training.warmup_steps >= length:
-            problems.append(
-                f"training.warmup_steps is {training.warmup_steps}, not fewer than the {length}"
-                f" steps of a cycle of {of}"
-            )
-    if problems:
-        text = "\n  its ".join(problems)
-        raise ValueError(f"config.finetune is not possible:\n  its {text}")
-
-
-def _train_shared(task: _Task, num_steps: int) -> tuple[train.Params, dict[str, dict[str, float]]]:
-    """Trains weights of the dense shape for all experts; returns them, on the host, and losses."""
-    model, experts, layout = task.model, task.experts, layout_of(sites.table(task.model.unet))
-    assert experts.architectures is not None
-    keep = experts.architectures.astype(np.float32)
-
-    def batch_of(split: str, rows: Rows, seed: list[int]) -> dict[str, Any]:
-        gates = keep[experts.rows[split][rows]]
-        return task.examples[split].batch(rows, seed) | {"gates": gates}
-
-    dtype = jnp.dtype(task.run.dtype)
-    params, figures = distillation.fit(
-        task.section, num_steps,
-        distillation.make_loss(task.section, model, model.unet, dtype, layout),
-        jax.tree.map(jnp.copy, task.frozen["teacher"]),  # a training gives its buffers away
-        batch_of, {split: np.arange(len(experts.rows[split])) for split in task.examples},
-        task.frozen, mesh=task.mesh, seed=task.run.seed, directory=task.trainings / "shared",
-    )  # fmt: skip
-    return jax.tree.map(sharding.to_host, params), figures
-
-
-def _start(task: _Task, shared: train.Params | None, expert: int) -> train.Params:
-    """What an expert starts from: its part of the shared weights or, without any, its own."""
-    model, architectures = _open(task, expert), task.experts.architectures
-    if shared is None or architectures is None:
-        return _load(model, task.mesh, None)
-    keep = to_architecture(architectures[expert], layout_of(sites.table(task.model.unet)))
-    params, _ = sites.slice_params(shared, task.model.unet, keep)
-    shapes = checkpoint.param_shapes(model, "unet")
-    return sharding.place(params, sharding.fsdp_shardings(shapes, task.mesh))
+def make_optimizer(section: config.Finetune) -> optax.GradientTransformation:
+    """AdamW whose rate decays to zero or, as published, stays."""
+    training = section.training
+    if section.schedule == "cosine":
+        return train.adamw(
+            training.learning_rate, training.warmup_steps, training.num_steps,
+            training.weight_decay, training.clip_norm, training.cycles,
+        )  # fmt: skip
+    ramp = optax.linear_schedule(0.0, training.learning_rate, training.warmup_steps)
+    rate_at = ramp if training.warmup_steps else optax.constant_schedule(training.learning_rate)
+    return optax.chain(
+        optax.clip_by_global_norm(training.clip_norm),
+        optax.adamw(rate_at, b1=0.9, b2=0.999, weight_decay=training.weight_decay),
+    )
 
 
 def _train_expert(
-    task: _Task, expert: int, params: train.Params, num_steps: int, target: pathlib.Path
+    run: config.Run,
+    model: checkpoint.Model,
+    source: pathlib.Path,
+    target: pathlib.Path,
+    examples: dict[str, data.Examples],
+    rows: dict[str, Int[np.ndarray, " _rows"]],
+    frozen: train.Params,
+    mesh: Mesh,
+    directory: pathlib.Path,
 ) -> dict[str, Any]:
-    """Trains one expert from `params` and writes it; returns its figures."""
-    section, model = task.section, _open(task, expert)
-    rows = {split: np.flatnonzero(task.experts.rows[split] == expert) for split in task.examples}
-    params, figures = distillation.fit(
-        section, num_steps,
-        distillation.make_loss(section, task.model, model.unet, jnp.dtype(task.run.dtype)),
-        params, lambda split, rows, seed: task.examples[split].batch(rows, seed), rows,
-        task.frozen, mesh=task.mesh, seed=task.run.seed,
-        directory=task.trainings / f"expert-{target.name}",
+    """Trains one expert and writes it; returns its figures on unseen prompts."""
+    section = run.finetune
+    assert section is not None
+    expert, training = checkpoint.open_model(source), section.training
+    loss_fn = make_loss(section, model, expert.unet, jnp.dtype(run.dtype))
+    params = _load(expert, mesh, None)
+
+    def batch_at(step: int) -> dict[str, Any]:
+        mine = rows["train"]
+        picked = train.rows_of_batch(len(mine), training.batch_size, step, run.seed)
+        return examples["train"].batch(mine[picked], [run.seed, step])
+
+    unseen = rows["val"] if training.num_evals else rows["val"][:0]
+    evaluate = _evaluator(loss_fn, examples["val"], unseen, training.batch_size, frozen, mesh)
+    before = evaluate(params)
+    params = train.fit(
+        loss_fn, params, make_optimizer(section), batch_at, frozen,
+        mesh=mesh, num_steps=training.num_steps, ema_decay=training.ema_decay, seed=run.seed,
+        directory=directory, log_every=training.log_every, save_every=training.save_every,
+        evaluate=evaluate, eval_every=max(training.num_steps // max(training.num_evals, 1), 1),
     )  # fmt: skip
     dtype = jnp.dtype(section.save_dtype)
-    checkpoint.save(model, {"unet": params}, target, dtype=dtype, overwrite=target.exists())
-    return {"prompts": {split: len(mine) for split, mine in rows.items()}, **figures}
+    checkpoint.save(expert, {"unet": params}, target, dtype=dtype, overwrite=target.exists())
+    return {
+        "prompts": {split: len(mine) for split, mine in rows.items()},
+        "before": before,
+        "after": evaluate(params),
+    }
 
 
-def _open(task: _Task, expert: int) -> checkpoint.Model:
-    return checkpoint.open_model(task.experts.directories[expert])
+def _evaluator(
+    loss_fn: train.LossFn,
+    examples: data.Examples,
+    rows: Int[np.ndarray, " rows"],
+    batch_size: int,
+    frozen: train.Params,
+    mesh: Mesh,
+) -> Callable[[train.Params], dict[str, float]]:
+    """Losses of unseen prompts, with the same noise and timesteps every time; none without any."""
+    loss_of, split = jax.jit(loss_fn), sharding.batch_sharding(mesh)
+    count = min(len(rows), _NUM_EVALUATED * batch_size)
+
+    def evaluate(params: train.Params) -> dict[str, float]:
+        found: list[train.Metrics] = []
+        for picked in cache.in_batches(count, batch_size):
+            batch = sharding.place(examples.batch(rows[picked], [0]), split)
+            found.append(loss_of(params, frozen, batch, jax.random.key(int(picked[0])))[1])
+        fetched = jax.device_get(found)
+        names = fetched[0] if fetched else ()
+        return {f"val_{name}": float(np.mean([m[name] for m in fetched])) for name in names}
+
+    return evaluate
 
 
 def _load(model: checkpoint.Model, mesh: Mesh, variant: str | None) -> train.Params:

@@ -161,7 +161,7 @@ def resize(run: Run, size: str | None) -> Run:
         )
     if run.finetune:
         run.finetune.training = dataclasses.replace(
-            run.finetune.training, num_steps=4, batch_size=8, warmup_steps=1, cycles=1,
+            run.finetune.training, num_steps=2, batch_size=8, warmup_steps=1, cycles=1,
             ema_decay=0.5, log_every=1, save_every=2, num_evals=1,
         )  # fmt: skip
     if run.generate:

@@ -128,10 +128,6 @@ class Finetune:
     snr_weight: str = of("min_snr", "published", "min_snr")  # of velocities; published: published
     caption_dropout: float = within(0.1, 0.0, 1.0)  # for classifier-free guidance; published: 0
     schedule: str = of("cosine", "constant", "cosine")  # of the learning rate; published: constant
-    # Share of the steps of all experts that they first take together, in weights of the dense shape
-    # under the gates of each prompt's expert; each alone takes the rest. Published: 0.
-    shared: float = within(0.5, 0.0, 1.0)
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
     save_dtype: str = of("float32", *DTYPES)
-    # Of each expert, with its part of the shared steps.
-    training: Training = dataclasses.field(default_factory=Training)
+    training: Training = dataclasses.field(default_factory=Training)  # of each expert
