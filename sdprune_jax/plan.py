@@ -194,7 +194,7 @@ def _experts(run: config.Run, model: checkpoint.Model, shapes: Any, mesh: Mesh) 
 
     The router's weights are none of the student's, whose own have no gradient: one back.
     """
-    from sdprune_jax.aptp import finetune, pictures
+    from sdprune_jax.aptp import distillation, pictures
 
     made_by = run.router or run.slice
     data = made_by.data if made_by else config.RouterData()
@@ -213,7 +213,7 @@ def _experts(run: config.Run, model: checkpoint.Model, shapes: Any, mesh: Mesh) 
     if section := run.finetune:
         training = section.training
         work = training.batch_size * unet * (1 + (3 + section.remat) * share)
-        optimizer = finetune.make_optimizer(section)
+        optimizer = distillation.make_optimizer(section)
         state = jax.eval_shape(lambda params: train.init_state(params, optimizer), shapes)
         yield (
             f"finetune: experts {count}, each {training.num_steps:,} steps of"

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from sdprune_jax import checkpoint, config, sharding
-from sdprune_jax.aptp import data, experts, finetune
+from sdprune_jax.aptp import data, distillation, experts, finetune
 from sdprune_jax.models import unet
 
 MESH = aptp_model.MESH
@@ -87,8 +87,8 @@ def test_experts_learn_and_those_without_prompts_are_skipped(model, tmp_path, mo
 def test_batches_are_of_the_experts_own_prompts(model, tmp_path, monkeypatch):
     run, rows_seen = _work(model, tmp_path), {}
 
-    def train_expert(run, model, source, target, examples, rows, frozen, mesh, directory):
-        del run, model, source, examples, frozen, mesh, directory
+    def train_expert(task, source, target, rows):
+        del task, source
         rows_seen[target.name] = rows
         target.mkdir()
         return {"before": {}, "after": {}}
@@ -109,7 +109,7 @@ def test_batches_are_of_the_experts_own_prompts(model, tmp_path, monkeypatch):
 
 def test_an_undamaged_student_has_nothing_to_distil(model):
     section = config.Finetune(denoising=0.0, caption_dropout=0.5)
-    loss_fn = finetune.make_loss(section, model, model.unet)
+    loss_fn = distillation.make_loss(section, model, model.unet)
     params = aptp_model.random_params(unet.param_shapes(model.unet), 5)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -129,7 +129,9 @@ def test_published_rate_stays_after_its_ramp():
     moves = {}
     for schedule in ("constant", "cosine"):
         training = dataclasses.replace(TRAINING, num_steps=50, warmup_steps=2, weight_decay=0.0)
-        optimizer = finetune.make_optimizer(config.Finetune(schedule=schedule, training=training))
+        optimizer = distillation.make_optimizer(
+            config.Finetune(schedule=schedule, training=training)
+        )
         params = {"w": jnp.zeros(2)}
         state, update = optimizer.init(params), jax.jit(optimizer.update)
         for _ in range(40):

@@ -117,9 +117,8 @@ def test_finetune_trains_the_one_expert_on_all_prompts(model, tmp_path, monkeypa
     )
     source = slicing.run(run, MESH)
 
-    def train_expert(run, model, source, target, examples, rows, frozen, mesh, directory):
-        del run, model, frozen, mesh, directory
-        seen[target.name] = source, rows, examples
+    def train_expert(task, source, target, rows):
+        seen[target.name] = source, rows, task.examples
         target.mkdir()
         return {"before": {}, "after": {}}
 

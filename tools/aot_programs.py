@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from sdprune_jax import checkpoint, config, pipeline, sharding, sites, train
-from sdprune_jax.aptp import codebook, data, finetune, pictures, router, train_router
+from sdprune_jax.aptp import codebook, data, distillation, pictures, router, train_router
 from sdprune_jax.aptp.layout import layout_of
 from sdprune_jax.evaluate.protocols import PROTOCOLS
 from sdprune_jax.metrics import features
@@ -87,8 +87,8 @@ def _finetune(run: config.Run, section: config.Finetune, mesh: Mesh) -> jax.stag
     of = source.data if source else config.RouterData()
     size, width = _latent_size(of, model), data.encoder_of(of, model).hidden_size
     return _step(
-        finetune.make_loss(section, model, model.unet, jnp.dtype(run.dtype)),
-        finetune.make_optimizer(section), params, {"teacher": params, "null": null},
+        distillation.make_loss(section, model, model.unet, jnp.dtype(run.dtype)),
+        distillation.make_optimizer(section), params, {"teacher": params, "null": null},
         batch_shapes(model, training.batch_size, size, "finetune", mesh, width),
         training.ema_decay, mesh,
     )  # fmt: skip

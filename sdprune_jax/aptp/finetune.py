@@ -3,23 +3,33 @@
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Int
 
 from sdprune_jax import checkpoint, config, sharding, tensors, train, train_settings
-from sdprune_jax.aptp import data, expert_files, losses, pictures
+from sdprune_jax.aptp import data, distillation, expert_files, pictures
 from sdprune_jax.data import cache
-from sdprune_jax.models import unet
 
 _NUM_EVALUATED = 8  # batches of unseen prompts
+
+
+class _Task(NamedTuple):
+    """What the trainings of all experts have in common."""
+
+    run: config.Run
+    section: config.Finetune
+    model: checkpoint.Model
+    examples: Mapping[str, data.Examples]
+    frozen: train.Params
+    mesh: Mesh
+    trainings: pathlib.Path
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -44,24 +54,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
         logging.info("%s is complete: made from the same config and experts", output)
         return output
-    training, problems = section.training, []
-    if training.batch_size % mesh.size:
-        problems.append(
-            f"batch_size is {training.batch_size}, expected a multiple of the {mesh.size} devices"
-        )
-    if training.warmup_steps >= training.num_steps // training.cycles:
-        problems.append(
-            f"warmup_steps is {training.warmup_steps}, not fewer than the"
-            f" {training.num_steps // training.cycles} steps of a cycle"
-        )
-    if problems:
-        text = "\n  its ".join(problems)
-        raise ValueError(f"config.finetune.training is not possible:\n  its {text}")
+    _check(section.training, mesh)
     train_settings.keep(trainings, settings, run.force)
 
-    rows = {split: experts.rows[split] for split in ("train", "val")}
     examples = {}
-    for split in rows:
+    for split in ("train", "val"):
         pairs = pictures.load(experts.data, split)
         texts = pictures.prompts(experts.data, pairs, split, experts.seed).texts
         examples[split] = data.examples(
@@ -71,21 +68,19 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         "teacher": _load(model, mesh, run.variant or None),
         "null": jnp.asarray(examples["train"].null, jnp.float32),
     }
+    task = _Task(run, section, model, examples, frozen, mesh, trainings)
 
     partial = _partial(output, made_from)
     done, skipped = [], []
     for expert, source in enumerate(experts.directories):
         name = source.name
-        mine = {split: np.flatnonzero(found == expert) for split, found in rows.items()}
-        if not len(mine["train"]):
+        rows = {split: np.flatnonzero(experts.rows[split] == expert) for split in examples}
+        if not len(rows["train"]):
             logging.warning("expert %s has no prompt to train on: skipped", name)
             skipped.append(name)
             continue
         if not sharding.of_first((partial / name / "finetune.json").exists):
-            figures = _train_expert(
-                run, model, source, partial / name, examples, mine, frozen, mesh,
-                trainings / f"expert-{name}",
-            )  # fmt: skip
+            figures = _train_expert(task, source, partial / name, rows)
             if jax.process_index() == 0:
                 shutil.copyfile(source / "prompts.json", partial / name / "prompts.json")
                 tensors.write_json(partial / name / "finetune.json", figures)
@@ -98,121 +93,70 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     return expert_files.finish(partial, output, "finetune.json", values)
 
 
-def make_loss(
-    section: config.Finetune,
-    model: checkpoint.Model,
-    unet_config: unet.UNetConfig,
-    dtype: Any = jnp.float32,
-) -> train.LossFn:
-    """The loss of an expert's parameters; `frozen` has `teacher` and the states of no text, `null`.
-
-    Teacher and student see the same, and no text at times. Blocks that only one of them has are
-    not compared.
-    """
-    pairs = losses.common_blocks(unet_config, model.unet)
-    teach: Any = unet.UNet(model.unet, dtype).apply
-    apply: Any = unet.UNet(unet_config, dtype, remat=section.remat).apply
-    kind = model.schedule.prediction_type
-    weights = {"denoising": section.denoising, "output": section.output, "block": section.block}
-
-    def loss_fn(params, frozen, batch, key):
-        keys = jax.random.split(key)
-        noisy = data.noised(batch, keys[0], model.schedule, model.vae.scaling_factor)
-        drop = jax.random.bernoulli(keys[1], section.caption_dropout, noisy.timestep.shape)
-        text = jnp.where(drop[:, None, None], frozen["null"], batch["text"].astype(jnp.float32))
-        inputs = (noisy.latents, noisy.timestep, text)
-        teacher, teacher_blocks = teach({"params": frozen["teacher"]}, *inputs, return_blocks=True)
-        student, blocks = apply({"params": params}, *inputs, return_blocks=True)
-        parts = {
-            "denoising": losses.denoising(
-                student, noisy.target, noisy.alpha_cumprod, kind, section.min_snr_gamma or None,
-                section.snr_weight,
-            ),
-            "output": losses.output_distillation(student, teacher),
-            "block": losses.block_distillation(
-                [blocks[i] for i, _ in pairs], [teacher_blocks[j] for _, j in pairs]
-            ),
-        }  # fmt: skip
-        loss = losses.weighted_sum(parts, weights)
-        return loss, parts | {"loss": loss}
-
-    return loss_fn
-
-
-def make_optimizer(section: config.Finetune) -> optax.GradientTransformation:
-    """AdamW whose rate decays to zero or, as published, stays."""
-    training = section.training
-    if section.schedule == "cosine":
-        return train.adamw(
-            training.learning_rate, training.warmup_steps, training.num_steps,
-            training.weight_decay, training.clip_norm, training.cycles,
-        )  # fmt: skip
-    ramp = optax.linear_schedule(0.0, training.learning_rate, training.warmup_steps)
-    rate_at = ramp if training.warmup_steps else optax.constant_schedule(training.learning_rate)
-    return optax.chain(
-        optax.clip_by_global_norm(training.clip_norm),
-        optax.adamw(rate_at, b1=0.9, b2=0.999, weight_decay=training.weight_decay),
-    )
+def _check(training: config.Training, mesh: Mesh) -> None:
+    """Refuses what cannot be trained, naming every problem."""
+    problems, length = [], training.num_steps // training.cycles
+    if training.batch_size % mesh.size:
+        problems.append(
+            f"batch_size is {training.batch_size}, expected a multiple of the {mesh.size} devices"
+        )
+    if training.warmup_steps >= length:
+        problems.append(
+            f"warmup_steps is {training.warmup_steps}, not fewer than the {length} steps of a cycle"
+        )
+    if problems:
+        text = "\n  its ".join(problems)
+        raise ValueError(f"config.finetune.training is not possible:\n  its {text}")
 
 
 def _train_expert(
-    run: config.Run,
-    model: checkpoint.Model,
+    task: _Task,
     source: pathlib.Path,
     target: pathlib.Path,
-    examples: dict[str, data.Examples],
-    rows: dict[str, Int[np.ndarray, " _rows"]],
-    frozen: train.Params,
-    mesh: Mesh,
-    directory: pathlib.Path,
+    rows: Mapping[str, Int[np.ndarray, " _rows"]],
 ) -> dict[str, Any]:
-    """Trains one expert and writes it; returns its figures on unseen prompts."""
-    section = run.finetune
-    assert section is not None
-    expert, training = checkpoint.open_model(source), section.training
-    loss_fn = make_loss(section, model, expert.unet, jnp.dtype(run.dtype))
-    params = _load(expert, mesh, None)
+    """Trains the expert in `source` and writes it to `target`.
+
+    Returns:
+        How many prompts it has, by split, and its losses on unseen ones, `before` and `after`.
+    """
+    section, seed, expert = task.section, task.run.seed, checkpoint.open_model(source)
+    training = section.training
+    loss_fn = distillation.make_loss(section, task.model, expert.unet, jnp.dtype(task.run.dtype))
+    params = _load(expert, task.mesh, None)
 
     def batch_at(step: int) -> dict[str, Any]:
-        mine = rows["train"]
-        picked = train.rows_of_batch(len(mine), training.batch_size, step, run.seed)
-        return examples["train"].batch(mine[picked], [run.seed, step])
+        picked = train.rows_of_batch(len(rows["train"]), training.batch_size, step, seed)
+        return task.examples["train"].batch(rows["train"][picked], [seed, step])
 
-    unseen = rows["val"] if training.num_evals else rows["val"][:0]
-    evaluate = _evaluator(loss_fn, examples["val"], unseen, training.batch_size, frozen, mesh)
+    evaluate = _evaluator(task, loss_fn, rows["val"] if training.num_evals else rows["val"][:0])
     before = evaluate(params)
     params = train.fit(
-        loss_fn, params, make_optimizer(section), batch_at, frozen,
-        mesh=mesh, num_steps=training.num_steps, ema_decay=training.ema_decay, seed=run.seed,
-        directory=directory, log_every=training.log_every, save_every=training.save_every,
-        evaluate=evaluate, eval_every=max(training.num_steps // max(training.num_evals, 1), 1),
+        loss_fn, params, distillation.make_optimizer(section), batch_at, task.frozen,
+        mesh=task.mesh, num_steps=training.num_steps, ema_decay=training.ema_decay, seed=seed,
+        directory=task.trainings / f"expert-{source.name}", log_every=training.log_every,
+        save_every=training.save_every, evaluate=evaluate,
+        eval_every=max(training.num_steps // max(training.num_evals, 1), 1),
     )  # fmt: skip
     dtype = jnp.dtype(section.save_dtype)
     checkpoint.save(expert, {"unet": params}, target, dtype=dtype, overwrite=target.exists())
-    return {
-        "prompts": {split: len(mine) for split, mine in rows.items()},
-        "before": before,
-        "after": evaluate(params),
-    }
+    prompts = {split: len(mine) for split, mine in rows.items()}
+    return {"prompts": prompts, "before": before, "after": evaluate(params)}
 
 
 def _evaluator(
-    loss_fn: train.LossFn,
-    examples: data.Examples,
-    rows: Int[np.ndarray, " rows"],
-    batch_size: int,
-    frozen: train.Params,
-    mesh: Mesh,
+    task: _Task, loss_fn: train.LossFn, rows: Int[np.ndarray, " rows"]
 ) -> Callable[[train.Params], dict[str, float]]:
     """Losses of unseen prompts, with the same noise and timesteps every time; none without any."""
-    loss_of, split = jax.jit(loss_fn), sharding.batch_sharding(mesh)
+    loss_of, split = jax.jit(loss_fn), sharding.batch_sharding(task.mesh)
+    batch_size = task.section.training.batch_size
     count = min(len(rows), _NUM_EVALUATED * batch_size)
 
     def evaluate(params: train.Params) -> dict[str, float]:
         found: list[train.Metrics] = []
         for picked in cache.in_batches(count, batch_size):
-            batch = sharding.place(examples.batch(rows[picked], [0]), split)
-            found.append(loss_of(params, frozen, batch, jax.random.key(int(picked[0])))[1])
+            batch = sharding.place(task.examples["val"].batch(rows[picked], [0]), split)
+            found.append(loss_of(params, task.frozen, batch, jax.random.key(int(picked[0])))[1])
         fetched = jax.device_get(found)
         names = fetched[0] if fetched else ()
         return {f"val_{name}": float(np.mean([m[name] for m in fetched])) for name in names}
