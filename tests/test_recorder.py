@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pruning_golden import X
 
 from sdprune_jax import convert
-from sdprune_jax.models import layers
+from sdprune_jax.models import products
 from sdprune_jax.pruning import recorder, trajectory
 
 
@@ -21,11 +21,11 @@ class _Layers(nn.Module):
 
     @nn.compact
     def __call__(self, x, tokens):
-        x = layers.conv(6, 3, name="padded")(x)
-        x = layers.conv(5, 3, stride=2, padding=[(0, 1), (0, 1)], name="uneven")(nn.silu(x))
+        x = products.conv(6, 3, name="padded")(x)
+        x = products.conv(5, 3, stride=2, padding=[(0, 1), (0, 1)], name="uneven")(nn.silu(x))
         x = nn.Conv(4, (3, 2), strides=(2, 1), padding="SAME", name="same")(x)
         x = nn.Conv(3, (2, 2), padding="VALID", name="valid")(x)
-        x = layers.conv(7, 1, name="shortcut")(x)
+        x = products.conv(7, 1, name="shortcut")(x)
         tokens = nn.Dense(4, name="tokens")(tokens)
         return x, nn.Dense(2, use_bias=False, name="rows")(tokens[:, 0])
 
@@ -107,8 +107,8 @@ class _Apart(nn.Module):
 
     @nn.compact
     def __call__(self, image, tokens):
-        layers.conv(6, 3, name="padded")(image)
-        layers.conv(5, 3, stride=2, padding=[(0, 1), (0, 1)], name="uneven")(image)
+        products.conv(6, 3, name="padded")(image)
+        products.conv(5, 3, stride=2, padding=[(0, 1), (0, 1)], name="uneven")(image)
         nn.Conv(4, (3, 2), strides=(2, 1), padding="SAME", name="same")(image)
         return nn.Dense(4, name="tokens")(tokens)
 

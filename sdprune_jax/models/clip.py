@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sdprune_jax.models.layers import ACTIVATIONS, layer_norm
+from sdprune_jax.models.products import dense
 
 # Of red, green and blue, over the images that OpenAI trained on.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -125,12 +126,12 @@ class SelfAttention(nn.Module):
         features = x.shape[-1]
 
         def project(name: str) -> Array:
-            y = nn.Dense(features, dtype=self.dtype, name=name)(x)
+            y = dense(features, dtype=self.dtype, name=name)(x)
             return y.reshape(*x.shape[:2], self.heads, features // self.heads)
 
         q, k, v = (project(name) for name in ("q_proj", "k_proj", "v_proj"))
         out = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal).reshape(x.shape)
-        return nn.Dense(features, dtype=self.dtype, name="out_proj")(out)
+        return dense(features, dtype=self.dtype, name="out_proj")(out)
 
 
 class EncoderLayer(nn.Module):
@@ -147,9 +148,9 @@ class EncoderLayer(nn.Module):
         heads = config.num_attention_heads
         x += SelfAttention(heads, self.causal, dtype, name="self_attn")(h)
         h = layer_norm(config.layer_norm_eps, dtype, "layer_norm2")(x)
-        h = nn.Dense(config.intermediate_size, dtype=dtype, name="mlp.fc1")(h)
+        h = dense(config.intermediate_size, dtype=dtype, name="mlp.fc1")(h)
         h = ACTIVATIONS[config.hidden_act](h)
-        return x + nn.Dense(config.hidden_size, dtype=dtype, name="mlp.fc2")(h)
+        return x + dense(config.hidden_size, dtype=dtype, name="mlp.fc2")(h)
 
 
 class TextTransformer(nn.Module):

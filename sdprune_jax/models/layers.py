@@ -1,13 +1,15 @@
 """Layers that two models share. Their submodules carry the diffusers names."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int
+
+from sdprune_jax.models.products import attention, conv, dense
 
 # Site name -> [b, units]: 1 keeps a unit, 0 removes it, values between scale it.
 Gates = Mapping[str, Float[Array, "b units"]]
@@ -18,8 +20,6 @@ Gates = Mapping[str, Float[Array, "b units"]]
 # through one of 0), queries, keys and values (so that logits have the square of the gate), and both
 # halves of GEGLU.
 GATE_POSITIONS = ("post_norm", "pre_norm")
-
-_FEW_POSITIONS = 16  # below it, XLA:CPU's convolution is up to 10 times slower than a product
 
 
 def site_name(module: nn.Module) -> str:
@@ -50,48 +50,6 @@ def depth_gated(
         return x
     gate = gate.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
     return (1 - gate) * identity + gate * x
-
-
-def conv(features: int, size: int, *, stride: int = 1, padding: Any = None, **kwargs: Any):
-    """A Linen convolution padded as in PyTorch: by `size // 2` on every side unless told."""
-    padding = [(size // 2, size // 2)] * 2 if padding is None else padding
-    return nn.Conv(
-        features,
-        (size, size),
-        (stride, stride),
-        padding,
-        conv_general_dilated=_convolve,
-        **kwargs,
-    )
-
-
-def _convolve(
-    x: Array, kernel: Array, strides: Sequence[int], padding: Any, **kwargs: Any
-) -> Array:
-    def direct(x: Array, kernel: Array) -> Array:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
-
-    out = jax.eval_shape(direct, x, kernel)
-    if kernel.shape[0] == 1 or out.shape[1] * out.shape[2] > _FEW_POSITIONS:
-        return direct(x, kernel)
-    product = lambda x, kernel: conv_by_product(x, kernel, strides[0], padding)
-    return jax.lax.platform_dependent(x, kernel, cpu=product, default=direct)
-
-
-def conv_by_product(
-    x: Num[Array, "b h w c_in"],
-    kernel: Num[Array, "kh kw c_in c_out"],
-    stride: int,
-    padding: Sequence[tuple[int, int]],
-) -> Num[Array, "b h_out w_out c_out"]:
-    """A convolution as one matrix product with the shifted copies of its padded input."""
-    size, _, c_in, c_out = kernel.shape
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    h, w = ((n - size) // stride + 1 for n in x.shape[1:3])
-    shifts = [(i, j) for i in range(size) for j in range(size)]
-    shifted = [x[:, i : i + stride * h : stride, j : j + stride * w : stride] for i, j in shifts]
-    patches = jnp.concatenate(shifted, axis=-1).reshape(-1, size * size * c_in)
-    return (patches @ kernel.reshape(-1, c_out)).reshape(x.shape[0], h, w, c_out)
 
 
 class GroupNorm(nn.Module):
@@ -184,15 +142,15 @@ class Attention(nn.Module):
         before, after = (None, gate) if self.gate_position == "post_norm" else (gate, None)
 
         def project(name: str, y: Array) -> Array:
-            y = nn.Dense(inner, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(y)
+            y = dense(inner, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(y)
             y = gated(y, before)
             y = y.reshape(*y.shape[:2], self.heads, self.head_dim)
             return y.astype(jnp.float32) if self.upcast else y
 
         q, k, v = project("to_q", x), project("to_k", context), project("to_v", context)
-        out = jax.nn.dot_product_attention(q, k, v).reshape(*x.shape[:2], inner)
+        out = attention(q, k, v).reshape(*x.shape[:2], inner)
         out = gated(out.astype(self.dtype), after)
-        return nn.Dense(self.features, dtype=self.dtype, name="to_out.0")(out)
+        return dense(self.features, dtype=self.dtype, name="to_out.0")(out)
 
 
 class ResnetBlock(nn.Module):
@@ -226,7 +184,7 @@ class ResnetBlock(nn.Module):
         h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm1")(x))
         h = conv(self.hidden_channels, 3, dtype=self.dtype, name="conv1")(h)
         if temb is not None:
-            project = nn.Dense(self.hidden_channels, dtype=self.dtype, name="time_emb_proj")
+            project = dense(self.hidden_channels, dtype=self.dtype, name="time_emb_proj")
             h += project(nn.silu(temb))[:, None, None]
         before, after = (None, gate) if self.gate_position == "post_norm" else (gate, None)
         h = gated(h, before)

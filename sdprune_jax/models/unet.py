@@ -13,7 +13,6 @@ from sdprune_jax.models.layers import (
     Gates,
     GroupNorm,
     ResnetBlock,
-    conv,
     depth_gated,
     gated,
     gelu,
@@ -22,6 +21,7 @@ from sdprune_jax.models.layers import (
     timestep_embedding,
     upsample,
 )
+from sdprune_jax.models.products import conv, dense
 from sdprune_jax.models.unet_config import FF_UNITS, UNetConfig
 
 
@@ -42,12 +42,12 @@ class FeedForward(nn.Module):
     def __call__(
         self, x: Float[Array, "b n c"], gate: Float[Array, "b units"] | None = None
     ) -> Float[Array, "b n c"]:
-        both = nn.Dense(2 * self.neurons, dtype=self.dtype, name="net.0.proj")(x)
+        both = dense(2 * self.neurons, dtype=self.dtype, name="net.0.proj")(x)
         value, scale = jnp.split(both, 2, axis=-1)
         if self.gate_position == "pre_norm":
             value, scale, gate = gated(value, gate), gated(scale, gate), None
         h = gated(value * gelu(scale), gate)
-        return nn.Dense(self.features, dtype=self.dtype, name="net.2")(h)
+        return dense(self.features, dtype=self.dtype, name="net.2")(h)
 
 
 class TransformerBlock(nn.Module):
@@ -103,13 +103,13 @@ class Transformer(nn.Module):
             return x
         h = GroupNorm(self.config.norm_num_groups, 1e-6, self.dtype, name="norm")(x)
         h = h.reshape(x.shape[0], -1, self.features)
-        h = nn.Dense(self.features, dtype=self.dtype, name="proj_in")(h)
+        h = dense(self.features, dtype=self.dtype, name="proj_in")(h)
         block = TransformerBlock(
             self.config, self.features, self.heads, self.dtype, self.gate_position,
             name="transformer_blocks.0",
         )  # fmt: skip
         h = block(h, text, gates)
-        h = nn.Dense(self.features, dtype=self.dtype, name="proj_out")(h).reshape(x.shape)
+        h = dense(self.features, dtype=self.dtype, name="proj_out")(h).reshape(x.shape)
         return depth_gated(x, x + h, gates.get(site))
 
 
@@ -276,8 +276,8 @@ class UNet(nn.Module):
         text = text.astype(dtype)
 
         temb = timestep_embedding(timestep, channels[0], config.flip_sin_to_cos, config.freq_shift)
-        temb = nn.Dense(4 * channels[0], dtype=dtype, name="time_embedding.linear_1")(temb)
-        temb = nn.Dense(4 * channels[0], dtype=dtype, name="time_embedding.linear_2")(nn.silu(temb))
+        temb = dense(4 * channels[0], dtype=dtype, name="time_embedding.linear_1")(temb)
+        temb = dense(4 * channels[0], dtype=dtype, name="time_embedding.linear_2")(nn.silu(temb))
 
         x = conv(channels[0], 3, dtype=dtype, name="conv_in")(latents.astype(dtype))
         skips, blocks = [x], []

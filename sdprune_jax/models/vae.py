@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sdprune_jax.models.layers import Attention, GroupNorm, ResnetBlock, conv, upsample
+from sdprune_jax.models.layers import Attention, GroupNorm, ResnetBlock, upsample
+from sdprune_jax.models.products import conv
 
 _EPSILON = 1e-6  # of every norm; diffusers fixes it
 
