@@ -38,6 +38,7 @@ def main(command: command_line.Command) -> None:
         raise ValueError("the current directory was deleted: cd to one that is there") from error
     if run.mesh.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", run.mesh.cpu_devices)
+        keep_freed_memory()
     _cache_compilations()
     if command.dry_run:
         from sdprune_jax import plan
@@ -45,7 +46,8 @@ def main(command: command_line.Command) -> None:
         print(plan.card(run, jax.device_count()))
         return
     sharding.start_processes(run.mesh.coordinator, run.mesh.num_processes, run.mesh.process_id)
-    keep_freed_memory()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     for path in run_stages(run):
         print(path)  # the report is the last: the line to look at
 
@@ -191,14 +193,15 @@ def _cache_compilations() -> None:
 def keep_freed_memory() -> None:
     """Lets glibc reuse the large buffers that XLA frees after every step, on a CPU.
 
-    By default they go back to the kernel: page faults took a third of the time of a training.
+    By default they go back to the kernel: page faults took a third of the time of a training. Call
+    it before JAX has devices: the threads of several keep the arenas that they begin with.
     """
-    if jax.default_backend() == "cpu" and sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-        if mallopt:
-            mallopt(_M_MMAP_MAX, 0)
-            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-            mallopt(_M_ARENA_MAX, 1)
+    if sys.platform != "linux":
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        mallopt(_M_ARENA_MAX, 1)
 
 
 if __name__ == "__main__":
