@@ -49,9 +49,8 @@ def attention_by_products(
     b, n, heads, d = q.shape
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(b * heads, x.shape[1], d) for x in (q, k, v))
     by_feature = (((2,), (2,)), ((0,), (0,)))
-    logits = jax.lax.dot_general(
-        q * d**-0.5, k, by_feature, preferred_element_type=jnp.float32
-    )  # softmax in float32, as JAX's
+    # The softmax is in float32, as JAX's.
+    logits = jax.lax.dot_general(q * d**-0.5, k, by_feature, preferred_element_type=jnp.float32)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     out = (weights.astype(v.dtype) @ v) * (1 / weights.sum(axis=-1, keepdims=True))
     return out.astype(v.dtype).reshape(b, heads, n, d).transpose(0, 2, 1, 3)
