@@ -50,7 +50,7 @@ class Router:
     mac_counter: str = of("exact", "exact", "paper")  # published: paper
     latent_size: int | None = within(None, 1, 1024)  # of the budget; None: of the training
     # As published, soft gates before a norm are all but invisible to the UNet, so that ResNets are
-    # cut first and transformers kept: fine-tuning mends that better (README, "Which architecture").
+    # cut first and transformers kept: fine-tuning mends that better (configs/README.md).
     gate_position: str = of("pre_norm", "post_norm", "pre_norm")
     forward_gates: str = of("soft", "soft", "hard")
     optimal_transport: bool = True  # balance the assignment of every batch
