@@ -11,7 +11,6 @@ import stored_inputs
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pruning_golden import X
 
-from sdprune_jax import convert
 from sdprune_jax.models import products
 from sdprune_jax.pruning import recorder, trajectory
 
@@ -171,13 +170,6 @@ def test_only_the_layers_asked_for_are_recorded():
     assert list(record(["uneven.kernel"])[1]) == ["uneven.kernel"]
     with pytest.raises(ValueError, match=r"(?s)never calls.*a\.kernel\n  b\.kernel"):
         record(["b.kernel", "rows.kernel", "a.kernel"])
-
-
-def test_features_of_a_convolution_can_be_put_in_the_order_of_torch():
-    kernel = np.random.default_rng(0).normal(size=(3, 2, 5, 4))
-    torch_weight = convert.to_torch("conv.kernel", kernel)
-    ours = kernel.reshape(-1, 4)[recorder.torch_order(kernel.shape)]
-    np.testing.assert_array_equal(ours.T, torch_weight.reshape(4, -1))
 
 
 def test_a_draw_of_positions_has_no_bias_and_follows_its_key():

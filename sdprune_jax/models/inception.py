@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 SIZE = 299  # pixels of the height and of the width, in every protocol
-NUM_FEATURES = 2048
 
 # From bytes, as floats in [0, 255], to the input of the network.
 NORMALISE: Mapping[str, Callable[[Any], Any]] = {

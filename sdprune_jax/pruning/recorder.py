@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from sdprune_jax import convert
 
@@ -38,15 +38,6 @@ def mean_square(stats: LayerStats) -> Float[Array, " n_in"]:
     """The mean of x^2, from either statistic."""
     moment = stats.moment
     return (moment if moment.ndim == 1 else jnp.diagonal(moment)) / stats.weight
-
-
-def torch_order(kernel_shape: Sequence[int]) -> Int[np.ndarray, " n_in"]:
-    """Our feature at each place of PyTorch's order, where the channel comes first.
-
-    So `kernel.reshape(-1, c_out)[torch_order(kernel.shape)]` is `weight.flatten(1).T`.
-    """
-    features = np.arange(np.prod(kernel_shape[:-1])).reshape(kernel_shape[:-1])
-    return np.moveaxis(features, -1, 0).ravel()
 
 
 def apply_and_record(
