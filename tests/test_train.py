@@ -234,7 +234,8 @@ def without_room(checkpoints):
             while not (pathlib.Path(checkpoints) / "4").is_dir():  # it is written meanwhile
                 time.sleep(0.01)
             most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, most))  # bytes of a file
+            # Bytes of a file: fewer than those of one leaf, of which a file may have any number.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))
         return _batch_at(step)
 
     _fit(pathlib.Path(checkpoints).parent, batch_at)
