@@ -25,7 +25,7 @@ def get_config(size: str | None = None) -> config.Run:
     # A caption has few pictures, so most is to be learned where noise hides them: high timesteps.
     pretrain.unet.timestep_skew, pretrain.unet.min_snr_gamma = 1.0, 0.0
     pretrain.unet.training = config.Training(
-        num_steps=12600, batch_size=64, learning_rate=1.2e-3, warmup_steps=150, ema_decay=0.998,
+        num_steps=26000, batch_size=64, learning_rate=1.2e-3, warmup_steps=150, ema_decay=0.998,
         log_every=50, save_every=200,
     )  # fmt: skip
     mesh = config.Mesh(cpu_devices=2)
