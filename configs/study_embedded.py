@@ -6,7 +6,7 @@ noise, agreement with the prompt, and FD of the embedded CLIP's features: each a
 range over the seeds, in tables and drawings. Expected of the literature: a flat stretch, a knee and
 a cliff; the second-order methods nearest to dense from 50 % on.
 
-85 pruned models a seed, 128 pictures of 10 steps each: 41 minutes on 2 cores, other work beside it.
+85 pruned models a seed, 128 pictures of 10 steps each: 49 minutes on 2 cores, other work beside it.
 
 python -m sdprune_jax.main --config=configs/study_embedded.py[:tiny]
 """
