@@ -9,6 +9,8 @@ from typing import Any
 
 from sdprune_jax import config
 
+_WITH_BATCHES = ("router", "generate", "evaluate")
+
 
 def check(run: config.Run) -> None:
     """Checks every field of `run` against its type, its legal values and its neighbours.
@@ -19,6 +21,27 @@ def check(run: config.Run) -> None:
     problems = _problems(run, "config") or _clashes(run)  # neighbours only once each is sound
     if problems:
         raise ValueError("the config is not possible:\n  " + "\n  ".join(problems))
+
+
+def check_devices(run: config.Run, num_devices: int) -> None:
+    """Checks that what every stage computes at once divides among the devices.
+
+    Raises:
+        ValueError: naming every batch that does not.
+    """
+    sections: dict[str, Any] = {name: getattr(run, name) for name in _WITH_BATCHES}
+    sections["finetune.training"] = run.finetune and run.finetune.training
+    sections["sweep.measure"] = run.sweep and run.sweep.measure
+    for name, part in run.pretrain.trainings().items() if run.pretrain else ():
+        sections[f"pretrain.{name}"] = part
+    problems = [
+        f"config.{name}.batch_size is {part.batch_size}, expected a multiple of the {num_devices}"
+        " devices"
+        for name, part in sections.items()
+        if part and part.batch_size % num_devices
+    ]
+    if problems:
+        raise ValueError("the batches are not possible:\n  " + "\n  ".join(problems))
 
 
 def check_keys(run: config.Run, overrides: Mapping[str, str]) -> None:
@@ -143,15 +166,34 @@ def _clashes(run: config.Run) -> list[str]:
                 f"config.sweep.points[{i}] prunes no component; leave it out: dense is measured"
                 " without being asked for"
             )
+    trainings = run.pretrain.trainings() if run.pretrain else {}
+    trainings = {f"pretrain.{name}": part for name, part in trainings.items()}
+    if run.finetune:
+        trainings["finetune.training"] = run.finetune.training
+    for name, part in trainings.items():
+        if part.warmup_steps >= (length := part.num_steps // part.cycles):
+            found.append(
+                f"config.{name} has warmup_steps={part.warmup_steps}, not fewer than the {length}"
+                " steps of a cycle"
+            )
+    if (section := run.router) and section.num_steps <= section.warmup_steps:
+        found.append(
+            f"config.router has num_steps={section.num_steps}, and codes learn only after"
+            f" warmup_steps={section.warmup_steps}"
+        )
+    if section and section.batch_size < section.num_codes:
+        found.append(
+            f"config.router has batch_size={section.batch_size}, fewer prompts than the"
+            f" {section.num_codes} codes that are to share them"
+        )
     if not run.pretrain:
         return found
+    if run.dtype != "float32":
+        found.append(
+            f"config.dtype is {run.dtype}, and pretrain computes in float32 alone; leave dtype out,"
+            " or pretrain in a run of its own"
+        )
     clip, vae, unet = run.pretrain.clip, run.pretrain.vae, run.pretrain.unet
-    for name, part in run.pretrain.trainings().items():
-        if part.warmup_steps >= part.num_steps:
-            found.append(
-                f"config.pretrain.{name} has warmup_steps={part.warmup_steps}, not fewer than"
-                f" num_steps={part.num_steps}"
-            )
     for name, part in (("vae", vae), ("unet", unet)):
         if any(width % part.norm_num_groups for width in part.widths):
             found.append(

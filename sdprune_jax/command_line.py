@@ -104,7 +104,7 @@ def one_message() -> Iterator[None]:
     """Ends the program with a message and status 2 for a mistake of the user."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         if not _is_advice(error):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -123,7 +123,7 @@ def _given(argv: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _is_advice(error: ValueError) -> bool:
+def _is_advice(error: Exception) -> bool:
     """Whether our own code raised it on purpose, and not a library that we misused."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = (_PACKAGE, _PACKAGE.with_name("tools"))

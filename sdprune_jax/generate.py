@@ -38,7 +38,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     directories = checkpoint.models_of_run(run.model, work)
     dense = checkpoint.open_model(directories["dense"][0])
     prompts, concept, style = _prompts(section, run.seed)
-    height, width = _size(section, dense, mesh)
+    height, width = _size(section, dense)
 
     output = work / "images"
     made_from = cache.fingerprint(
@@ -120,7 +120,7 @@ def _prompts(
     return captions.drawn(section.split, section.num_prompts, seed)
 
 
-def _size(section: config.Generate, model: checkpoint.Model, mesh: Mesh) -> tuple[int, int]:
+def _size(section: config.Generate, model: checkpoint.Model) -> tuple[int, int]:
     """Height and width in pixels."""
     downscale = model.vae.downscale
     own = model.unet.sample_size * downscale
@@ -130,11 +130,6 @@ def _size(section: config.Generate, model: checkpoint.Model, mesh: Mesh) -> tupl
         for name, value in (("height", height), ("width", width))
         if value < downscale or value % downscale
     ]
-    if section.batch_size % mesh.size:
-        problems.append(
-            f"config.generate.batch_size is {section.batch_size}, expected a multiple of"
-            f" the {mesh.size} devices"
-        )
     if problems:
         raise ValueError("cannot generate:\n  " + "\n  ".join(problems))
     return height, width

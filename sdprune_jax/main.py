@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import dataclasses
 import fcntl
-import json
 import os
 import pathlib
 import socket
@@ -22,7 +21,7 @@ import jax
 from absl import app, logging
 from jax.sharding import Mesh
 
-from sdprune_jax import command_line, config, sharding
+from sdprune_jax import checks, command_line, config, sharding, tensors
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
@@ -62,6 +61,7 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
     if not any(getattr(run, stage) for stage in config.STAGES):
         raise ValueError(f"the config sets no stage: none of {', '.join(config.STAGES)}")
     mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp)
+    checks.check_devices(run, mesh.size)
     with alone(run.workdir):
         if jax.process_index() == 0:
             save(run)
@@ -126,9 +126,7 @@ def save(run: config.Run) -> None:
     path = pathlib.Path(run.workdir) / "config.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(run), indent=2) + "\n")
-        os.replace(temporary, path)
+        tensors.write_json(path, dataclasses.asdict(run))
     except OSError as error:
         raise ValueError(_unwritable(run.workdir, error)) from error
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sdprune_jax import checkpoint, config, convert, macs, samplers, sharding, sites, train
+from sdprune_jax import checkpoint, checks, config, convert, macs, samplers, sharding, sites, train
 from sdprune_jax.evaluate.protocols import PROTOCOLS
 from sdprune_jax.models import clip
 from sdprune_jax.pruning import request
@@ -34,18 +34,21 @@ def card(run: config.Run, num_devices: int) -> str:
             component is chosen to prune, or the model cannot be opened.
     """
     mesh = _mesh(run.mesh, num_devices)
+    checks.check_devices(run, num_devices)
     if run.pretrain:
         model = _to_pretrain(run, run.pretrain)
     else:
         model = checkpoint.open_model(checkpoint.directory_of(run.model))
     shapes = {name: checkpoint.param_shapes(model, name) for name in checkpoint.COMPONENTS}
     stages = [stage for stage in config.STAGES if getattr(run, stage)]
+    known = model.schedule.class_name in samplers.SAMPLERS
+    drawing = run.generate or config.Generate(sampler=None if known else "ddim")
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     parts = [
         f"{model.directory}: {model.schedule.prediction_type}, {model.schedule.class_name}\n"
         f"{', '.join(stages)} to {run.workdir}; devices {axes}; computes in {run.dtype}",
         _aligned(_parameters(shapes, mesh)),
-        _aligned(_arithmetic(model, run.generate or config.Generate())),
+        _aligned(_arithmetic(model, drawing)),
     ]
     if run.prune:
         parts.append(_aligned(_zeros(shapes, run.prune)))
@@ -194,14 +197,16 @@ def _experts(run: config.Run, model: checkpoint.Model, shapes: Any, mesh: Mesh) 
 
     The router's weights are none of the student's, whose own have no gradient: one back.
     """
-    from sdprune_jax.aptp import distillation, pictures
+    from sdprune_jax.aptp import distillation, expert_files, pictures
 
     made_by = run.router or run.slice
-    data = made_by.data if made_by else config.RouterData()
+    cut = {} if made_by else expert_files.record(pathlib.Path(run.workdir))
+    data = made_by.data if made_by else config.RouterData(**cut.get("data", {}))
     latent = (pictures.size(data) // model.vae.downscale,) * 2
     unet = sum(macs.of_unet(model.unet, latent, model.text_encoder.max_position_embeddings))
     frozen = _size(_bytes_a_device(shapes, mesh))
-    share, count = (made_by.macs_budget if made_by else 1.0), 1
+    shares = [row["share_of_macs"] for row in cut.get("experts", ())] or [1.0]
+    share, count = made_by.macs_budget if made_by else float(np.mean(shares)), len(shares)
     if section := run.router:
         count = section.num_codes
         work = section.batch_size * unet * (3 + section.remat)

@@ -192,7 +192,10 @@ def is_record_of(path: pathlib.Path, made_from: str) -> bool:
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Whole or not at all."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def listing(problems: list[str], limit: int = 20) -> str:

@@ -239,11 +239,11 @@ def fit(
             logs, saves = done % log_every == 0 or last, done % save_every == 0 or last or number
             if logs or saves:
                 skipped, bad = recent.fetch()
-                if skipped >= min(_MAX_SKIPPED, num_steps - start):
+                if skipped >= min(_MAX_SKIPPED, num_steps):
                     raise FloatingPointError(
                         f"{name}: {', '.join(bad)} not finite in {skipped} steps in a row before"
-                        f" step {done}; lower the learning rate, then run again: it resumes from"
-                        f" the checkpoint of step {manager.latest_step() or 0}"
+                        f" step {done}; lower the learning rate, then run again with --force: it"
+                        f" resumes from the checkpoint of step {manager.latest_step() or 0}"
                     )
             if logs:
                 log.write(done, num_steps, recent.means())

@@ -53,9 +53,7 @@ def keep(directory: pathlib.Path, settings: Mapping[str, Any], force: bool) -> b
         logging.warning("%s: %s, by --force", directory, change)
     if jax.process_index() == 0 and now != before:
         directory.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".json.tmp")
-        tensors.write_json(partial, {"settings": now, "forced": forced + changes})
-        partial.replace(file)
+        tensors.write_json(file, {"settings": now, "forced": forced + changes})
     return begun
 
 

@@ -3,7 +3,24 @@
 import os
 import shutil
 
+import numpy as np
+
 from sdprune_jax.data import cache
+
+
+def test_fingerprint_tells_names_and_what_is_missing_apart():
+    inputs = [{"text": 1, "unet": None}, {"text": None, "unet": 1}, {"text": 1}, {"unet": 1}]
+    inputs += [[1, None], [None, 1], [1], np.ones(1), np.ones((1, 1)), np.ones(1, np.float32)]
+    assert len({cache.fingerprint(x) for x in inputs}) == len(inputs)
+    assert cache.fingerprint({"a": 1, "b": (2, 3)}) == cache.fingerprint({"b": (2, 3), "a": 1})
+
+
+def test_rows_of_a_mean_weigh_the_same():
+    rows = lambda *asked: [batch.tolist() for batch in cache.in_whole_batches(*asked)]
+    assert rows(7, 3, 9) == [[0, 1, 2], [3, 4, 5]]
+    assert rows(9, 3, 2) == [[0, 1, 2], [3, 4, 5]]
+    assert rows(2, 4, 9) == [[0, 1, 0, 1]]
+    assert rows(0, 4, 9) == []
 
 
 def test_directory_is_known_by_what_is_in_it(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ def _run(**changes: object) -> config.Run:
     run = config.Run(
         pretrain=config.Pretrain(),
         prune=config.Prune(unet=config.PruneComponent()),
+        router=config.Router(),
+        finetune=config.Finetune(),
         generate=config.Generate(),
         report=config.Report(),
     )
@@ -70,12 +72,34 @@ def test_sparsity_outside_its_range_is_refused_with_the_range(sparsity):
         ({"pretrain__vae__widths": (16, 0)}, "vae.widths is (16, 0), expected"),
         ({"pretrain__vae__widths": [12]}, "not all multiples of norm_num_groups=8"),
         ({"pretrain__clip__heads": 5}, "clip.heads=5 does not divide width=128"),
-        ({"pretrain__clip__training__num_steps": 9}, "warmup_steps=100, not fewer than"),
+        ({"pretrain__clip__training__num_steps": 9}, "warmup_steps=100, not fewer than the 9"),
+        ({"pretrain__unet__training__cycles": 10}, "unet.training has warmup_steps=100, not fewer"),
+        (
+            {"pretrain__vae__training__clip_norm": 0.0},
+            "clip_norm is 0.0, expected float from 1e-06",
+        ),
+        ({"dtype": "bfloat16"}, "dtype is bfloat16, and pretrain computes in float32 alone"),
+        ({"finetune__training__warmup_steps": 1000}, "finetune.training has warmup_steps=1000"),
+        ({"router__num_steps": 500}, "codes learn only after warmup_steps=500"),
+        ({"router__batch_size": 7}, "batch_size=7, fewer prompts than the 8 codes"),
     ],
 )
 def test_impossible_value_is_refused_with_what_is_possible(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         checks.check(_run(**change))
+
+
+def test_batches_that_do_not_divide_are_told_at_once():
+    run = _run(generate__batch_size=12, router__batch_size=20, finetune__training__batch_size=24)
+    run.pretrain.unet.training.batch_size = 36
+    run.sweep = config.Sweep(measure=config.Evaluate(batch_size=28))
+    with pytest.raises(ValueError, match=r"a multiple of the 8 devices") as error:
+        checks.check_devices(run, 8)
+    told = [line.split(" is ")[0].strip() for line in str(error.value).splitlines()[1:]]
+    assert {name.removeprefix("config.").removesuffix(".batch_size") for name in told} == {
+        "router", "generate", "sweep.measure", "pretrain.unet.training",
+    }  # fmt: skip
+    checks.check_devices(run, 4)
 
 
 def test_all_problems_are_told_at_once():

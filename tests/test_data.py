@@ -128,6 +128,15 @@ def test_augmented_captions_vary_but_follow_the_generator():
     assert not any("red apple, red" in text or "None" in text for text in drawn)
 
 
+def test_state_of_prompts_is_that_of_their_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat")
+    before = captions.state(str(path))
+    path.write_text("a dog")
+    assert captions.state(str(path)) != before
+    assert captions.state("embedded") == "embedded"
+
+
 def test_empty_lines_are_no_prompts_and_a_file_without_any_is_refused(tmp_path):
     file = tmp_path / "captions.txt"
     file.write_text("\ufeffa red apple\r\n\r\n   \n an owl \nthird\n", encoding="utf-8")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 
 import aptp_model
 import jax
@@ -229,6 +230,27 @@ def test_finished_stages_are_kept_until_their_inputs_change(model, work):
     assert not (work / "experts" / "01_dense").exists()
     experts.materialise(run, MESH)  # for the other tests
     assert not list(work.glob("*.tmp"))
+
+
+def test_an_assignment_by_another_router_is_not_cut(model, work, tmp_path):
+    shutil.copytree(work / "router", tmp_path / "router")
+    shutil.copytree(work / "assign", tmp_path / "assign")
+    path = tmp_path / "router" / "router.json"
+    path.write_text(path.read_text().replace("by hand", "anew"))
+    with pytest.raises(ValueError, match=r"not of the router beside it: .*assign=build"):
+        experts.materialise(_run(model, tmp_path), MESH)
+    assert not (tmp_path / "experts").exists()
+
+
+def test_a_router_of_other_files_is_told(model, work, caplog):
+    train_router.load(work, model, MESH)
+    path = work / "router" / "router.json"
+    before = path.read_text()
+    path.write_text(before.replace('"made_from"', '"model_state": "other", "made_from"', 1))
+    train_router.load(work, model, MESH)
+    path.write_text(before)
+    told = [text for text in caplog.messages if "trained with other files" in text]
+    assert len(told) == 1
 
 
 def test_stage_whose_input_is_missing_says_which_to_run(model, tmp_path):

@@ -66,10 +66,10 @@ def test_images_that_are_not_finite_are_refused():
         pipeline.to_bytes(images)
 
 
-def test_pictures_that_cannot_be_decoded_or_split_are_refused_before_any_work(tmp_path):
-    section = config.Generate(num_prompts=2, batch_size=12, height=66)
+def test_pictures_that_cannot_be_decoded_are_refused_before_any_work(tmp_path):
+    section = config.Generate(num_prompts=2, height=66, width=5)
     asked = config.Run(workdir=str(tmp_path / "run"), generate=section)
-    message = r"(?s)height is 66, expected a multiple of 4.*batch_size is 12, .* of\s+the 8 devices"
+    message = r"(?s)height is 66, expected a multiple of 4.*width is 5"
     with pytest.raises(ValueError, match=message):
         generate.run(asked, sharding.make_mesh())
     assert not (tmp_path / "run").exists()

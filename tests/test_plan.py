@@ -59,7 +59,7 @@ def test_card_of_the_recommended_point(tmp_path):
         model=_write(tmp_path, STABLE_DIFFUSION_2),
         mesh=config.Mesh(fsdp=4),
         prune=config.Prune(config.PruneComponent(0.475), config.PruneComponent(0.35)),
-        generate=config.Generate(num_steps=50),
+        generate=config.Generate(num_steps=50, batch_size=64),
     )
     card = plan.card(run, 64)
     assert "prune, generate to runs/run; devices data 16 x fsdp 4" in card
@@ -124,6 +124,25 @@ def test_training_holds_four_copies_of_the_parameters(tmp_path):
     size = lambda name: int(found["pretrain"][name][0].replace(",", ""))
     encoder = int(found["parameters"]["text_encoder"][0].replace(",", ""))
     assert size("clip") > 1.5 * encoder  # both towers, and the last layer
+
+
+def test_card_counts_what_a_run_has_without_being_asked(tiny, tmp_path):
+    rows = [{"share_of_macs": 0.6}, {"share_of_macs": 0.8}]
+    (tmp_path / "run" / "experts").mkdir(parents=True)
+    record = {"data": {"num_images": 8}, "experts": rows}
+    (tmp_path / "run" / "experts" / "experts.json").write_text(json.dumps(record))
+    scheduler = tmp_path / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("PNDMScheduler", "EulerDiscreteScheduler"))
+    run = config.Run(model=tiny, workdir=str(tmp_path / "run"), finetune=config.Finetune())
+    card = plan.card(run, 1)
+    assert "finetune: experts 2, each 1,000 steps" in card
+    works = [float(re.search(r"about ([\d.e+-]+) TMACs", card)[1])]
+    (tmp_path / "run" / "experts" / "experts.json").unlink()
+    works.append(float(re.search(r"about ([\d.e+-]+) TMACs", plan.card(run, 1))[1]))
+    assert works[0] / works[1] == pytest.approx((1 + 3 * 0.7) / 4, rel=0.01)
+    run.generate = config.Generate()
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler"):
+        plan.card(run, 1)
 
 
 def test_impossible_runs_are_refused(tiny):

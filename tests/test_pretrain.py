@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import config, pipeline, sharding, train, train_settings
+from sdprune_jax import config, pipeline, train, train_settings
 from sdprune_jax.data import emoji
 from sdprune_jax.models import clip, vae
-from sdprune_jax.pretrain import autoencoder, contrastive, run, soup
+from sdprune_jax.pretrain import autoencoder, contrastive, soup
 
 
 def _vae():
@@ -78,15 +78,6 @@ def test_training_goes_on_with_the_settings_that_it_began_with(tmp_path):
     assert [change.split(" was ")[0] for change in forced] == [
         "seed", "unet.training.learning_rate", "vae.widths",
     ]  # fmt: skip
-
-
-def test_batches_that_do_not_divide_are_refused_before_anything_is_made(tmp_path):
-    section = config.Pretrain()
-    section.clip.training.batch_size, section.unet.training.batch_size = 12, 20
-    asked = config.Run(workdir=str(tmp_path / "work"), pretrain=section)
-    with pytest.raises(ValueError, match=r"(?s)clip.*is 12, .* of the 8 devices.*unet.*is 20"):
-        run.run(asked, sharding.make_mesh())
-    assert not (tmp_path / "work").exists()
 
 
 def test_varied_images_stay_on_white():

@@ -208,14 +208,19 @@ def test_evaluation_of_other_experts_has_other_pictures(model, work, evaluation)
 
 def test_experts_that_do_not_belong_together_are_refused(model, work):
     run = _run(model, work, generate=GENERATE)
-    path = work / "experts" / "01" / "unet" / "config.json"
-    settings = tensors.read_json(path)
-    tensors.write_json(path, settings | {"kept_units": {"mid_block.resnets.0": 1}})
-    with pytest.raises(ValueError, match=r"other experts than .*, as to 01: .*finetune=build"):
+    assigned = tensors.read_json(work / "assign" / "assign.json")["made_from"]
+    cut, trained = work / "experts" / "experts.json", work / "finetuned" / "finetune.json"
+    tensors.write_json(cut, {"made_from": "new", "assignment": assigned})
+    tensors.write_json(trained, {"made_from_experts": "old"})
+    with pytest.raises(ValueError, match=r"is of other experts than .*: .*finetune=build"):
         generate.run(run, MESH)
-    tensors.write_json(path, settings)
+    trained.unlink()
+    tensors.write_json(cut, {"made_from": "new", "assignment": "old"})
+    with pytest.raises(ValueError, match=r"3 experts of another assignment .*materialise=build"):
+        generate.run(run, MESH)
+    tensors.write_json(cut, {"made_from": "new", "assignment": assigned})
     _write(model, work / "experts" / "03", 1.0)
-    with pytest.raises(ValueError, match="has 4 experts, and its router 3"):
+    with pytest.raises(ValueError, match="has 4 experts of another assignment"):
         generate.run(run, MESH)
     shutil.rmtree(work / "experts" / "03")
     values = tensors.read_json(work / "router" / "router.json")

@@ -286,11 +286,11 @@ def test_points_of_either_component_are_not_mixed_up(tmp_path, calls):
 def test_what_would_end_a_sweep_later_is_told_at_once(tmp_path):
     wrong = config.PruneComponent(0.3, pattern="2:4")
     section = config.Sweep(points=(config.SweepPoint(unet=wrong), config.SweepPoint(wrong)))
-    section.measure = config.Evaluate(protocol="sd2prune-paper", num_images=1, batch_size=9)
+    section.measure = config.Evaluate(protocol="sd2prune-paper", num_images=1)
     with pytest.raises(ValueError, match=r"config\.sweep is not possible") as error:
         run.run(config.Run(workdir=str(tmp_path / "work"), sweep=section), sharding.make_mesh())
     for words in (
-        "num_images is 1", "batch_size is 9", "set measure.data", "needs the network inception",
+        "num_images is 1", "set measure.data", "needs the network inception",
         "points[0].unet: ", "points[1].text_encoder: ", "pattern=2:4 removes 0.5",
     ):  # fmt: skip
         assert words in str(error.value)

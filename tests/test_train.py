@@ -289,6 +289,13 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(log_every, tmp_path, 
     assert told == [f"step {n} is skipped: grad_norm, loss not finite" for n in (6, 7)]
 
 
+def test_a_training_cut_short_before_a_bad_step_ends_as_if_it_had_not_been(tmp_path):
+    batch_at = _broken_from(_STEPS - 1, _STEPS - 1)
+    whole = _fit(tmp_path / "whole", batch_at)
+    _fit(tmp_path / "cut", num_steps=_STEPS - 1)
+    np.testing.assert_array_equal(_fit(tmp_path / "cut", batch_at)["w"], whole["w"])
+
+
 @pytest.mark.parametrize(("log_every", "before"), [(1, 11), (12, 12)])
 def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(log_every, before, tmp_path):
     want = rf"grad_norm, loss not finite in 1\d steps .* before step {before};.* of step 8"

@@ -182,6 +182,11 @@ def read(work: pathlib.Path) -> Experts:
     )
 
 
+def record(work: pathlib.Path, name: str = f"experts/{_RECORD}") -> dict[str, Any]:
+    """What a stage has said of the experts of a run; empty if it has said nothing."""
+    return tensors.read_json(work / name) if (work / name).is_file() else {}
+
+
 def is_complete(output: pathlib.Path, made_from: str, name: str) -> bool:
     """Whether a stage has written `output`, with its record `name`, from the same inputs."""
     done = bool(sharding.of_first(lambda: tensors.is_record_of(output / name, made_from)))

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,6 +98,10 @@ def assign(run: config.Run, mesh: Mesh) -> pathlib.Path:
         logging.warning("%d of %d experts get no prompt: %s", len(dead), trained.num_codes, dead)
     if abs(report["val"]["macs"] / trained.macs_budget - 1) > _TOLERANCE:
         logging.warning("unseen prompts keep %.4f of the MACs", report["val"]["macs"])
+    far = np.flatnonzero(abs(kept / trained.macs_budget - 1) > _TOLERANCE)
+    if section.fit_budget == "each" and len(far):
+        told = ", ".join(f"{index} keeps {kept[index]:.4f}" for index in far)
+        logging.warning("no width gates bring these experts to the budget: %s", told)
     values = {
         "made_from": made_from,
         "section": dataclasses.asdict(section),
@@ -156,15 +160,13 @@ def of_prompts(
         return np.zeros(len(texts), np.int32)
     values = read_assignment(workdir)
     params, trained, made = train_router.load(workdir, model, mesh)
+    _check_assignment(workdir, values, made)
     layout, directory = layout_of(sites.table(model.unet)), workdir / "assign"
-    if values["made_from"] != cache.fingerprint(values["section"], made["made_from"]):
+    cut_for = expert_files.record(workdir).get("assignment", values["made_from"])
+    if cut and (len(cut) != trained.num_codes or cut_for != values["made_from"]):
         raise ValueError(
-            f"{directory} is not of the router beside it: assign again, --config.assign=build"
-        )
-    if cut and len(cut) != trained.num_codes:
-        raise ValueError(
-            f"{workdir} has {len(cut)} experts, and its router {trained.num_codes}: remove those of"
-            " another router, and make them again with --config.materialise=build"
+            f"{workdir} has {len(cut)} experts of another assignment of prompts than its own: make"
+            " them again, with --config.materialise=build"
         )
     embedding = data.embeddings(
         trained.data, model, texts, mesh, None, variant=made["variant"] or None
@@ -189,6 +191,16 @@ def read_assignment(workdir: pathlib.Path) -> dict[str, Any]:
     return tensors.read_json(path)
 
 
+def _check_assignment(
+    workdir: pathlib.Path, assigned: Mapping[str, Any], router_record: Mapping[str, Any]
+) -> None:
+    if assigned["made_from"] != cache.fingerprint(assigned["section"], router_record["made_from"]):
+        raise ValueError(
+            f"{workdir / 'assign'} is not of the router beside it: assign again,"
+            " --config.assign=build"
+        )
+
+
 def materialise(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """Cuts every expert out of the dense UNet: the weights are loaded first, then sliced.
 
@@ -197,13 +209,15 @@ def materialise(run: config.Run, mesh: Mesh) -> pathlib.Path:
         shape.
 
     Raises:
-        ValueError: if the run has no assignment, or the UNet cannot be sliced so.
+        ValueError: if the run has no assignment, or one of another router, or the UNet cannot be
+            sliced so.
     """
     section, work = run.materialise, pathlib.Path(run.workdir)
     assert section is not None
     model = checkpoint.open_model(checkpoint.directory_of(run.model))
     assigned = read_assignment(work)
     _, trained, values = train_router.load(work, model, mesh)
+    _check_assignment(work, assigned, values)
     purpose = expert_files.Purpose(
         trained.data, values["seed"], values["variant"], trained.mac_counter,
         tuple(assigned["latent_size"]), "router/cache",
@@ -230,9 +244,8 @@ def materialise(run: config.Run, mesh: Mesh) -> pathlib.Path:
             yield expert_files.Cut(params, unet_config, kept, padded)
 
     rows = {split: np.load(work / "assign" / f"experts_{split}.npy") for split in emoji.SPLITS}
-    return expert_files.write(
-        run, model, dense, cuts(), purpose, rows, section.save_dtype, {"made_from": made_from}
-    )
+    record = {"made_from": made_from, "assignment": assigned["made_from"]}
+    return expert_files.write(run, model, dense, cuts(), purpose, rows, section.save_dtype, record)
 
 
 def _labels(prompts: pictures.Prompts) -> dict[str, Int[np.ndarray, " rows"]]:

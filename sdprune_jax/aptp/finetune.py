@@ -54,7 +54,6 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
         logging.info("%s is complete: made from the same config and experts", output)
         return output
-    _check(section.training, mesh)
     train_settings.keep(trainings, settings, run.force)
 
     examples = {}
@@ -88,25 +87,13 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         done.append({"directory": name} | tensors.read_json(partial / name / "finetune.json"))
     if not done:
         raise ValueError(f"none of the {len(skipped)} experts in {work} has a prompt to train on")
-    values = {"made_from": made_from, "section": dataclasses.asdict(section)}
+    values = {
+        "made_from": made_from,
+        "made_from_experts": experts.made_from,
+        "section": dataclasses.asdict(section),
+    }
     values |= {"experts": done, "skipped": skipped}
     return expert_files.finish(partial, output, "finetune.json", values)
-
-
-def _check(training: config.Training, mesh: Mesh) -> None:
-    """Refuses what cannot be trained, naming every problem."""
-    problems, length = [], training.num_steps // training.cycles
-    if training.batch_size % mesh.size:
-        problems.append(
-            f"batch_size is {training.batch_size}, expected a multiple of the {mesh.size} devices"
-        )
-    if training.warmup_steps >= length:
-        problems.append(
-            f"warmup_steps is {training.warmup_steps}, not fewer than the {length} steps of a cycle"
-        )
-    if problems:
-        text = "\n  its ".join(problems)
-        raise ValueError(f"config.finetune.training is not possible:\n  its {text}")
 
 
 def _train_expert(
@@ -150,11 +137,10 @@ def _evaluator(
     """Losses of unseen prompts, with the same noise and timesteps every time; none without any."""
     loss_of, split = jax.jit(loss_fn), sharding.batch_sharding(task.mesh)
     batch_size = task.section.training.batch_size
-    count = min(len(rows), _NUM_EVALUATED * batch_size)
 
     def evaluate(params: train.Params) -> dict[str, float]:
         found: list[train.Metrics] = []
-        for picked in cache.in_batches(count, batch_size):
+        for picked in cache.in_whole_batches(len(rows), batch_size, _NUM_EVALUATED):
             batch = sharding.place(task.examples["val"].batch(rows[picked], [0]), split)
             found.append(loss_of(params, task.frozen, batch, jax.random.key(int(picked[0])))[1])
         fetched = jax.device_get(found)

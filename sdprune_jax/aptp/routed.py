@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from sdprune_jax import checkpoint, tensors
-from sdprune_jax.aptp import experts
+from sdprune_jax import checkpoint
+from sdprune_jax.aptp import expert_files, experts
 from sdprune_jax.data import cache
 
 Directories = Mapping[str, tuple[pathlib.Path, ...]]  # by model
@@ -55,11 +55,12 @@ def states(directories: Directories, workdir: pathlib.Path) -> dict[str, list[An
         name: [cache.directory_state(path) for path in paths] for name, paths in directories.items()
     }
     paths = directories.get("routed", ())
-    other = [path.name for path in paths if not _is_of_its_source(path, workdir / "experts")]
-    if other:
+    cut = expert_files.record(workdir)
+    trained = expert_files.record(workdir, "finetuned/finetune.json")
+    if cut and trained and trained.get("made_from_experts") != cut["made_from"]:
         raise ValueError(
-            f"{workdir / 'finetuned'} is of other experts than {workdir / 'experts'}, as to"
-            f" {', '.join(other)}: train them with --config.finetune=build, or remove it"
+            f"{workdir / 'finetuned'} is of other experts than {workdir / 'experts'}: train them"
+            " with --config.finetune=build, or remove it"
         )
     if len(paths) > 1:
         found["routed"].append(experts.read_assignment(workdir)["made_from"])
@@ -85,9 +86,3 @@ def models(
         )
         for name, paths in directories.items()
     }
-
-
-def _is_of_its_source(path: pathlib.Path, cut: pathlib.Path) -> bool:
-    """Whether a fine-tuned expert has the shape of what it was trained from, where that is kept."""
-    own, source = (directory / "unet" / "config.json" for directory in (path, cut / path.name))
-    return not source.exists() or tensors.read_json(own) == tensors.read_json(source)

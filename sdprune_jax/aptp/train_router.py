@@ -46,6 +46,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         return output
 
     layout, variant = layout_of(sites.table(model.unet)), run.variant or None
+    latent_size = (section.latent_size or pictures.size(section.data) // model.vae.downscale,) * 2
+    check(section, model, layout, latent_size)
     examples, texts = {}, {}
     for split in ("train", "val"):
         pairs = pictures.load(section.data, split)
@@ -53,11 +55,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         examples[split] = data.examples(
             section.data, model, pairs, texts[split], mesh, output / "cache", variant
         )
-    latent_size = examples["train"].mean.shape[2:4]
-    budget_size = (section.latent_size,) * 2 if section.latent_size else latent_size
-    check(section, model, layout, budget_size, mesh)
     train_settings.keep(output / "training", settings, run.force)
-    costs = budget_costs(section, model, budget_size)
+    costs = budget_costs(section, model, latent_size)
     shapes = checkpoint.param_shapes(model, "unet")
     frozen = checkpoint.load(
         model, "unet", dtype=np.float32, variant=variant,
@@ -99,10 +98,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     values = {
         "made_from": made_from,
         "model": run.model,
+        "model_state": settings["model"],
         "variant": run.variant,
         "seed": run.seed,
         "embedding_dim": embedding.shape[1],
-        "latent_size": list(budget_size),
+        "latent_size": list(latent_size),
         "section": dataclasses.asdict(section),
         "figures": figures(params),
     }
@@ -117,38 +117,19 @@ def check(
     model: checkpoint.Model,
     layout: Layout,
     latent_size: tuple[int, int],
-    mesh: Mesh,
 ) -> None:
-    """Refuses what cannot be trained.
+    """Refuses a budget that no architecture keeps.
 
     Raises:
-        ValueError: naming every problem, and what is possible.
+        ValueError: naming the lowest one.
     """
-    problems = []
-    if section.batch_size % mesh.size:
-        problems.append(
-            f"batch_size is {section.batch_size}, expected a multiple of the {mesh.size} devices"
-        )
-    if section.batch_size < section.num_codes:
-        problems.append(
-            f"batch_size is {section.batch_size}, fewer prompts than the {section.num_codes} codes"
-            " that are to share them"
-        )
-    if section.num_steps <= section.warmup_steps:
-        problems.append(
-            f"num_steps is {section.num_steps}, and codes learn only after the"
-            f" {section.warmup_steps} warmup_steps"
-        )
     costs = budget_costs(section, model, latent_size)
     lowest = lowest_share(costs, layout)
     if not lowest <= section.macs_budget <= 1:
-        problems.append(
-            f"macs_budget is {section.macs_budget}, the share of all MACs to keep: expected from"
-            f" {lowest:.4f}, with one unit at every site and no block that can go, to 1"
-        )
-    if problems:
         raise ValueError(
-            "config.router is not possible:\n  " + "\n  ".join(f"its {text}" for text in problems)
+            f"config.router.macs_budget is {section.macs_budget}, the share of all MACs to keep:"
+            f" expected from {lowest:.4f}, with one unit at every site and no block that can go,"
+            " to 1"
         )
 
 
@@ -243,7 +224,7 @@ def load(
     """The router of a run: parameters, the section that made it, and the rest of its record.
 
     Raises:
-        ValueError: if there is none, or it is of another model.
+        ValueError: if there is none, or it is of a UNet of other shapes. Of other files it warns.
     """
     directory = workdir / "router"
     if not (directory / "router.json").is_file():
@@ -259,6 +240,11 @@ def load(
             "losses": config.RouterLosses(**parts["losses"]),
         }
     )
+    if values.get("model_state") not in (None, cache.directory_state(model.directory)):
+        logging.warning(
+            "the router in %s was trained with other files than those of %s: if they differ in"
+            " more than their times, train it again", directory, model.directory,
+        )  # fmt: skip
     layout = layout_of(sites.table(model.unet))
     shape = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)
     heads = {"kernel": shape(values["embedding_dim"], layout.size), "bias": shape(layout.size)}

@@ -82,8 +82,8 @@ class Assign:
     # Of the noise: its median, or one draw, as published; stored: of a converted router, its own.
     final_codes: str = of("median", "median", "draw", "stored")
     balance: str = of("optimal_transport", "none", "optimal_transport")  # published: none
-    # Open or close further gates, by what the noise needs for it, until the budget is kept: by the
-    # average of the training prompts, or by each expert. Published: none.
+    # Open or close further width gates, by what the noise needs for it, until the budget is kept:
+    # by the average of the training prompts, or by each expert. Published: none.
     fit_budget: str = of("each", "none", "average", "each")
 
 

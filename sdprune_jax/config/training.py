@@ -15,7 +15,7 @@ class Training:
     warmup_steps: int = within(100, 0, 10**9)  # of every cycle
     cycles: int = within(1, 1, 1000)
     weight_decay: float = within(0.01, 0.0, 10.0)
-    clip_norm: float = within(1.0, 0.0, 1e6)  # of the global gradient
+    clip_norm: float = within(1.0, 1e-6, 1e6)  # of the global gradient
     ema_decay: float = within(0.999, 0.0, 1.0)
     log_every: int = within(50, 1, 10**9)  # steps
     save_every: int = within(500, 1, 10**9)  # steps

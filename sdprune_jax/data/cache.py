@@ -18,9 +18,10 @@ _LARGE = 2**26  # bytes, above which hashing a file would take long
 
 
 def fingerprint(*inputs: Any) -> str:
-    """A hash of arrays, trees of arrays and JSON values."""
+    """A hash of arrays and JSON values, and of trees of them: of their names, too, and of None."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(inputs):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(inputs, is_leaf=lambda x: x is None):
+        digest.update(jax.tree_util.keystr(path).encode())
         if hasattr(leaf, "dtype"):
             array = np.ascontiguousarray(leaf)
             digest.update(f"{array.dtype}{array.shape}".encode())
@@ -73,3 +74,14 @@ def in_batches(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
     """Rows in batches of one size; the last repeats its last row, which the caller cuts off."""
     for first in range(0, num_rows, batch_size):
         yield np.minimum(np.arange(first, first + batch_size), num_rows - 1)
+
+
+def in_whole_batches(num_rows: int, batch_size: int, limit: int) -> Iterator[np.ndarray]:
+    """Rows for a mean over at most `limit` batches of one size, in which all weigh the same.
+
+    What does not fill a batch is left out; if that would be all, the rows go round.
+    """
+    if 0 < num_rows < batch_size:
+        yield np.resize(np.arange(num_rows), batch_size)
+    for batch in range(min(num_rows // batch_size, limit)):
+        yield np.arange(batch * batch_size, (batch + 1) * batch_size)

@@ -1,5 +1,6 @@
 """Captions of the embedded dataset: one canonical form, and variations of it for training."""
 
+import hashlib
 import pathlib
 
 import numpy as np
@@ -75,6 +76,12 @@ def read(path: str, count: int) -> list[str]:
 def prompts(source: str, split: str, count: int, seed: int) -> list[str]:
     """Texts of a file or, for `embedded`, drawn captions of a split."""
     return drawn(split, count, seed)[0] if source == "embedded" else read(source, count)
+
+
+def state(source: str) -> str:
+    """Changes whenever the prompts of `source` may."""
+    file = pathlib.Path(source)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else source
 
 
 def _fill(template: str, name: str, style: str | None) -> str:

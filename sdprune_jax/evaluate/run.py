@@ -44,7 +44,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     protocol = PROTOCOLS[section.protocol]
     directories = checkpoint.models_of_run(run.model, work)
     dense = checkpoint.open_model(directories["dense"][0])
-    size = _size(protocol, dense, section.batch_size, mesh)
+    size = (protocol.generate_size or dense.unet.sample_size * dense.vae.downscale,) * 2
     num_images = section.num_images or protocol.num_images
     if num_images < 2:
         raise ValueError("config.evaluate.num_images is 1: one image has no distribution; give 2")
@@ -188,18 +188,6 @@ def measure(
         for name in folders:
             figures[name] |= found[name]
     return figures
-
-
-def _size(
-    protocol: Protocol, model: checkpoint.Model, batch_size: int, mesh: Mesh
-) -> tuple[int, int]:
-    size = protocol.generate_size or model.unet.sample_size * model.vae.downscale
-    if batch_size % mesh.size:
-        raise ValueError(
-            f"config.evaluate.batch_size is {batch_size}, expected a multiple of the {mesh.size}"
-            " devices"
-        )
-    return size, size
 
 
 def _features(

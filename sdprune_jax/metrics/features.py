@@ -8,7 +8,6 @@ devices, processes and loading only decide how many chunks are under way.
 import collections
 import functools
 import itertools
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -87,7 +86,7 @@ def cached(
         images: hash of the set of images.
         compute: all of the features, as by `extract`.
     """
-    key = cache.fingerprint(weights, json.dumps(protocol, sort_keys=True), images, CHUNK)
+    key = cache.fingerprint(weights, protocol, images, CHUNK)
     return cache.cached(directory, "features", key, lambda: {"features": compute()})["features"]
 
 

@@ -79,10 +79,10 @@ def train_unet(
     def evaluate(params):
         figures = {}
         for split in ("train", "val"):  # the same noise and timesteps every time
-            count = min(len(latents["val"]["mean"]), 8 * batch_size)
+            count = len(latents["val"]["mean"])
             losses = [
                 loss_of(params, frozen, rows_at(split, rows, 0), jax.random.key(int(rows[0])))[1]
-                for rows in cache.in_batches(count, batch_size)
+                for rows in cache.in_whole_batches(count, batch_size, 8)
             ]
             figures[f"{split}_mse"] = float(np.mean([m["mse"] for m in losses]))
         return figures

@@ -25,8 +25,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         The diffusers directory `workdir/model`, with the whole CLIP in `workdir/model/clip`.
 
     Raises:
-        ValueError: if the batches do not divide among the devices, or the run was begun with
-            other settings.
+        ValueError: if the run was begun with other settings.
     """
     section, work = run.pretrain, pathlib.Path(run.workdir) / "pretrain"
     assert section is not None
@@ -35,7 +34,6 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
         logging.info("%s is complete: made from the same config", directory)
         return directory
-    _check_batches(section, mesh)
     settings = {"seed": run.seed} | dataclasses.asdict(section)
     begun = train_settings.keep(work, settings, run.force)
     data = {split: emoji.load(split) for split in emoji.SPLITS}
@@ -79,17 +77,6 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         tensors.write_json(record, {"made_from": made_from})
     sharding.wait_for_all(record.name)
     return directory
-
-
-def _check_batches(section: config.Pretrain, mesh: Mesh) -> None:
-    problems = [
-        f"config.pretrain.{name}.batch_size is {part.batch_size}, expected a multiple of the"
-        f" {mesh.size} devices"
-        for name, part in section.trainings().items()
-        if part.batch_size % mesh.size
-    ]
-    if problems:
-        raise ValueError("cannot pretrain:\n  " + "\n  ".join(problems))
 
 
 def _tokenizer(

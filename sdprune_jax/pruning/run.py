@@ -41,8 +41,9 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     work = pathlib.Path(run.workdir)
     output, file = work / "pruned", work / "prune.json"
     made_from = cache.fingerprint(
-        dataclasses.asdict(run.prune), run.seed, run.variant, cache.directory_state(model.directory)
-    )
+        dataclasses.asdict(run.prune), captions.state(run.prune.calibration.prompts), run.seed,
+        run.variant, cache.directory_state(model.directory),
+    )  # fmt: skip
     if sharding.of_first(lambda: output.is_dir() and tensors.is_record_of(file, made_from)):
         logging.info("%s is complete: made from the same config and model", output)
         return output

@@ -5,7 +5,6 @@ what is compared is the architecture alone.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 
 from sdprune_jax import checkpoint, config, convert, macs, sites
 from sdprune_jax.aptp import expert_files, pictures
-from sdprune_jax.data import cache, emoji
+from sdprune_jax.data import cache, captions, emoji
 from sdprune_jax.models import unet
 from sdprune_jax.pruning import bksdm, gradients, obs, operators, structured, units
 from sdprune_jax.pruning.run import Calibration
@@ -67,10 +66,10 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     section, work = run.slice, pathlib.Path(run.workdir)
     assert section is not None
     model = checkpoint.open_model(checkpoint.directory_of(run.model))
-    asked = json.dumps(dataclasses.asdict(section), sort_keys=True)  # None has no fingerprint
     made_from = cache.fingerprint(
-        "slice", asked, run.seed, run.variant, cache.directory_state(model.directory)
-    )
+        "slice", dataclasses.asdict(section), captions.state(section.calibration.prompts),
+        run.seed, run.variant, cache.directory_state(model.directory),
+    )  # fmt: skip
     if expert_files.is_written(work, made_from):
         return work / "experts"
 

@@ -6,8 +6,6 @@ on with what is missing, and one of more points computes only those.
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,7 +17,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from sdprune_jax import checkpoint, config, convert, sharding, sites, tensors
-from sdprune_jax.data import cache
+from sdprune_jax.data import cache, captions
 from sdprune_jax.evaluate import task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
 from sdprune_jax.pruning import request
@@ -45,12 +43,13 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     protocol = _protocol(section)
     edge = protocol.generate_size or model.unet.sample_size * model.vae.downscale
     num_images = section.measure.num_images or protocol.num_images
-    _refuse(section, model, protocol, edge, num_images, mesh)
+    _refuse(section, model, protocol, edge, num_images)
     references = not section.measure.references
     asked = task.load(protocol.data, section.measure.data, num_images, references)
     made_from = cache.fingerprint(
-        _json(section.measure), _json(section.calibration), _json(protocol), run.dtype,
-        run.variant, cache.directory_state(model.directory), asked.state, asked.prompts,
+        *map(dataclasses.asdict, (section.measure, section.calibration, protocol)),
+        captions.state(section.calibration.prompts), run.dtype, run.variant,
+        cache.directory_state(model.directory), asked.state, asked.prompts,
     )  # fmt: skip
     file, folder = work / "sweep.json", work / "sweep"
     names = [metric.name for metric in protocol.metrics if metric.kind == "clip_score"]
@@ -102,7 +101,7 @@ def _row_of(
     point: config.SweepPoint,
     seed: int,
 ) -> _Row:
-    key = cache.fingerprint(_json(point), seed)
+    key = cache.fingerprint(dataclasses.asdict(point), seed)
     for row in values["rows"]:
         if row["key"] == key:
             return row
@@ -194,17 +193,11 @@ def _refuse(
     protocol: Protocol,
     edge: int,
     num_images: int,
-    mesh: Mesh,
 ) -> None:
     """Raises for all that would end the sweep later, at once."""
     measure, problems = section.measure, []
     if num_images < 2:
         problems.append("measure.num_images is 1: one image has no distribution; give 2")
-    if measure.batch_size % mesh.size:
-        problems.append(
-            f"measure.batch_size is {measure.batch_size}, expected a multiple of the"
-            f" {mesh.size} devices"
-        )
     if protocol.data != "embedded" and not measure.data:
         problems.append(
             f"the protocol {protocol.name} draws from {protocol.data}: set measure.data to a"
@@ -238,15 +231,7 @@ def _refuse(
         raise ValueError("config.sweep is not possible:\n  " + tensors.listing(problems))
 
 
-def _json(section: Any) -> str:
-    """All of a dataclass as one text: a fingerprint would skip what is None."""
-    return json.dumps(dataclasses.asdict(section), sort_keys=True)
-
-
 def _write(file: pathlib.Path, values: dict[str, Any]) -> None:
-    """Whole or not at all."""
     if jax.process_index() == 0:
-        partial = file.with_suffix(".json.tmp")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        tensors.write_json(partial, values)
-        os.replace(partial, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tensors.write_json(file, values)
