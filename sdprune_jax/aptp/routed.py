@@ -57,7 +57,7 @@ def states(directories: Directories, workdir: pathlib.Path) -> dict[str, list[An
     paths = directories.get("routed", ())
     cut = expert_files.record(workdir)
     trained = expert_files.record(workdir, "finetuned/finetune.json")
-    if cut and trained and trained.get("made_from_experts") != cut["made_from"]:
+    if cut and trained and trained.get("made_from_experts", cut["made_from"]) != cut["made_from"]:
         raise ValueError(
             f"{workdir / 'finetuned'} is of other experts than {workdir / 'experts'}: train them"
             " with --config.finetune=build, or remove it"
