@@ -4,7 +4,7 @@ Pruned: text encoder 47.5 % and UNet 35 % by layer-wise magnitude
 (https://arxiv.org/abs/2411.15113). Experts: APTP (https://arxiv.org/abs/2406.12042) at 80 % of the
 UNet's MACs, trained briefly, the router for 100 steps and each expert for 40: what they lose is
 what is left to train, see `aptp_emoji.py`. All under the protocol `embedded`: 192 training
-captions, 25 steps of PNDM, guidance 3. Under 10 minutes on 2 cores, compiling included, and it goes
+captions, 25 steps of PNDM, guidance 3. Some 10 minutes on 2 cores, compiling included, and it goes
 on where it was stopped.
 
 python -m sdprune_jax.main --config=configs/evaluate_embedded.py[:tiny]

@@ -42,7 +42,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
     output = work / "images"
     made_from = cache.fingerprint(
-        dataclasses.asdict(section), run.seed, run.dtype, prompts,
+        dataclasses.asdict(section), run.seed, run.dtype, run.variant, prompts,
         list(routed.states(directories, work).values()),
     )  # fmt: skip
     record = output / "generate.json"

@@ -16,7 +16,7 @@ import compare_runs
 
 PROTOCOL = {
     "name": "embedded", "evaluated": 8, "num_steps": 25, "guidance_scale": 3.0, "seed": 0,
-    "dtype": "float32", "height": 64, "width": 64,
+    "dtype": "float32", "height": 64, "width": 64, "references": 64,
 }  # fmt: skip
 
 
@@ -37,10 +37,12 @@ def models(tmp_path_factory):
     return directory
 
 
-def _run(workdir, models, routed, values=None, **protocol):
+def _run(workdir, models, routed, values=None, dense="0123456789", **protocol):
     value = lambda x: {"latent_mse_to_dense": {"value": x, "low": x - 1, "high": x + 1, "num": 8}}
     record = {
         "made_from": workdir.name,
+        "dense": dense,
+        "weights": {"embedded": "f59afde43b74"},
         "protocol": PROTOCOL | protocol,
         "models": {
             "dense": {"directory": str(models / "dense"),
@@ -151,3 +153,14 @@ def test_runs_that_do_not_compare_are_refused_with_every_reason(models, tmp_path
         compare_runs.main([str(first), str(tmp_path / "none"), str(other)])
     assert "none has no evaluate.json" in str(error.value)
     assert "evaluated 7" in str(error.value)
+
+
+def test_runs_of_two_dense_models_and_twins_are_not_compared(models, tmp_path):
+    routed, values = {"directory": str(models / "half")}, np.zeros(8)
+    one = _run(tmp_path / "one", models, routed, values)
+    two = _run(tmp_path / "two", models, routed, values, dense="9876543210")
+    with pytest.raises(ValueError, match="dense model 98765432"):
+        compare_runs.rows([one, two])
+    twin = _run(tmp_path / "other" / "one", models, routed, values)
+    with pytest.raises(ValueError, match="no twin"):
+        compare_runs.against(compare_runs.rows([one, twin]), "one")

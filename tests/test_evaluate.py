@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdprune_jax import checkpoint, config, pipeline, sharding
 from sdprune_jax.data import tokenizer
-from sdprune_jax.evaluate import images, networks, run, scores, task
+from sdprune_jax.evaluate import images, needs, networks, run, scores, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Metric
 from sdprune_jax.metrics import clip_score, embedded
 from sdprune_jax.models import inception
@@ -97,10 +97,54 @@ def test_what_a_protocol_lacks_is_said_before_any_work(tmp_path):
         run.run(asked, sharding.make_mesh())
     with pytest.raises(ValueError, match=r"set config\.evaluate\.data"):
         task.load("coco-val2014", "", 10, False)
+    asked.evaluate = config.Evaluate(protocol="bksdm", references=str(tmp_path / "no.npz"))
+    with pytest.raises(
+        ValueError, match=r"not possible:(?s:.*)references is .*no\.npz, which is no"
+    ):
+        run.run(asked, sharding.make_mesh())
     asked.evaluate = config.Evaluate(num_images=1, batch_size=8)
     with pytest.raises(ValueError, match="one image has no distribution"):
         run.run(asked, sharding.make_mesh())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "edge", "references", "words"),
+    [
+        ("bksdm", 512, "", "set config.evaluate.references to their statistics"),
+        ("embedded", 512, "", "measures images of 64 pixels, and this model makes 512"),
+        ("embedded", 64, "", None),
+    ],
+)
+def test_a_measurement_that_would_fail_at_its_end_is_told(protocol, edge, references, words):
+    section = config.Evaluate(protocol=protocol, references=references)
+    found = needs.problems(section, PROTOCOLS[protocol], edge, "config.evaluate")
+    assert (words in " ".join(found)) if words else not found
+
+
+def test_statistics_replace_pictures_for_fid_alone():
+    section = config.Evaluate(references="statistics.npz")
+    assert not needs.has_pictures(section, PROTOCOLS["sd2prune-paper"])
+    assert needs.has_pictures(section, PROTOCOLS["aptp-coco"])  # CMMD
+    assert [k for k in ("fid", "kid", "cmmd") if needs.reads_pictures(section, k)] == [
+        "kid",
+        "cmmd",
+    ]
+
+
+def test_other_prompts_variants_and_statistics_are_other_evaluations(tmp_path):
+    asked, protocol = config.Run(), PROTOCOLS["embedded"]
+    key = lambda task_: run._key(asked, protocol, ["model"], task_, (64, 64))
+    before = key(_TASK)
+    assert key(_TASK._replace(prompts=_TASK.prompts[:7])) == before  # more may come
+    assert key(_TASK._replace(state="other")) != before
+    asked.variant = "fp16"
+    assert key(_TASK) != before
+    section = config.Evaluate(references=str(tmp_path / "real.npz"))
+    (tmp_path / "real.npz").write_bytes(b"one")
+    states = needs.states(section, protocol)
+    (tmp_path / "real.npz").write_bytes(b"two")
+    assert needs.states(section, protocol) != states
 
 
 _TASK = task.Task([""] * 300, None, None, 0, None, "")

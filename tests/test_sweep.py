@@ -191,6 +191,14 @@ def test_a_stopped_sweep_goes_on_with_what_is_missing(tmp_path, calls):
     assert len(again["rows"]) == 1
 
 
+def test_a_sweep_stopped_before_its_first_row_leaves_no_record_of_the_one_before(tmp_path, calls):
+    _sweep(tmp_path, _unet(0.1))
+    calls |= {"render": 0, "stop_at": 1}
+    with pytest.raises(KeyboardInterrupt):
+        _sweep(tmp_path, _unet(0.1), num_steps=7)
+    assert not (tmp_path / "sweep.json").exists()  # its pictures are gone
+
+
 def test_statistics_are_computed_once_per_component_statistic_and_seed(tmp_path, calls):
     asked = [
         config.SweepPoint(text_encoder=config.PruneComponent(s, method=method, scope=scope))
@@ -265,6 +273,13 @@ def test_the_stage_bisects_every_series_by_both_figures(tmp_path, calls):
     assert calls["render"] == before
 
 
+@pytest.mark.usefixtures("calls")
+def test_a_series_that_is_whole_beyond_the_highest_has_no_cliff(tmp_path):
+    table = _sweep(tmp_path, _unet(0.1, 0.3), cliff=config.Cliff(highest=0.3))
+    by = {found["criterion"]: found for found in table["cliffs"]}
+    assert by[trial.DISTANCE]["why_not"] == "whole still at 0.3, and highest is 0.3"
+
+
 def test_a_model_that_makes_no_numbers_is_a_row_and_broken(tmp_path, calls):
     table = _sweep(tmp_path, _unet(0.8, 0.1), cliff=config.Cliff(tolerance=0.3))
     failed = next(row for row in table["rows"] if "failed" in row)
@@ -290,7 +305,7 @@ def test_what_would_end_a_sweep_later_is_told_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"config\.sweep is not possible") as error:
         run.run(config.Run(workdir=str(tmp_path / "work"), sweep=section), sharding.make_mesh())
     for words in (
-        "num_images is 1", "set measure.data", "needs the network inception",
+        "num_images is 1", "set config.sweep.measure.data", "needs the network inception",
         "points[0].unet: ", "points[1].text_encoder: ", "pattern=2:4 removes 0.5",
     ):  # fmt: skip
         assert words in str(error.value)
@@ -348,6 +363,9 @@ def test_series_are_points_that_differ_in_one_sparsity():
     band = config.PruneComponent(0.3, band=(0.2, 0.5))
     assert not list(points.series([config.SweepPoint(unet=fixed), config.SweepPoint(band)]))
     assert points.method(band) == "magnitude, band 0.2 to 0.5"
+    whole = config.PruneComponent(0.3, method="sparsegpt")
+    whole.damping = 1  # as a config file may say
+    assert points.method(whole) == "sparsegpt, damping 1"
 
 
 def test_a_point_whose_layers_have_their_own_sparsity_is_counted_and_named():

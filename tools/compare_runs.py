@@ -5,10 +5,10 @@
 Of every model of every run: MACs and parameters, of a set of experts the means over its prompts;
 milliseconds of a call of the UNet, batch 1, timed in turns here and now, and their share of those
 of the dense UNet [of the fastest expert, of the slowest]; and the figures of `evaluate.json`, with
-their intervals. Runs of other protocols, or another number of images, are refused: their figures do
-not compare. The dense model is taken from the first run. `--against` adds by how much every row is
-above one of them, with the interval of the differences image by image: prompts and noise are the
-same, so it is narrower than those of the two.
+their intervals. Runs of another protocol, dense model or number of images are refused: their
+figures do not compare. The dense model is taken from the first run. `--against` adds by how much
+every row is above one of them, with the interval of the differences image by image: prompts and
+noise are the same, so it is narrower than those of the two.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def rows(runs: Sequence[pathlib.Path]) -> list[Row]:
             problems.append(f"{run} has no evaluate.json: evaluate it, --config.evaluate=build")
             continue
         records[run] = tensors.read_json(run / "evaluate.json")
-        how = [_how(records[path]["protocol"]) for path in (next(iter(records)), run)]
+        how = [_how(records[path]) for path in (next(iter(records)), run)]
         if how[0] != how[1]:
             problems.append(f"{run} is evaluated as {how[1]}, and the first run as {how[0]}")
     if problems:
@@ -150,8 +150,8 @@ def against(found: Sequence[Row], name: str) -> str:
         ValueError: if there is no such row, or no values of each image.
     """
     names = [row.name for row in found]
-    if name not in names:
-        raise ValueError(f"--against is {name!r}, expected one of {', '.join(names)}")
+    if names.count(name) != 1:
+        raise ValueError(f"--against is {name!r}, expected one of {', '.join(names)}, and no twin")
     lacking = [row.name for row in found if not row.values]
     if lacking:
         raise ValueError(
@@ -176,9 +176,12 @@ def _difference(values: np.ndarray | None, base: np.ndarray) -> str:
     return f"{each.mean():+.4g} [{ends.low:+.4g}, {ends.high:+.4g}]"
 
 
-def _how(protocol: Mapping[str, Any]) -> str:
+def _how(record: Mapping[str, Any]) -> str:
+    """What figures depend on, but for the model; a file by the start of its hash."""
     keys = ("name", "evaluated", "num_steps", "guidance_scale", "seed", "dtype", "height", "width")
-    return ", ".join(f"{key} {protocol[key]}" for key in keys)
+    told = [f"{key} {record['protocol'][key]}" for key in (*keys, "references")]
+    files = {"dense model": record.get("dense", "unknown")} | record["weights"]
+    return ", ".join((*told, *(f"{name} {state[:8]}" for name, state in sorted(files.items()))))
 
 
 def _figure(figure: Mapping[str, Any] | None) -> str:

@@ -171,8 +171,9 @@ def resize(run: Run, size: str | None) -> Run:
         )  # fmt: skip
     if run.evaluate:
         run.evaluate = dataclasses.replace(
-            run.evaluate, protocol="embedded", num_images=8, batch_size=8, num_resamples=10
-        )
+            run.evaluate, protocol="embedded", references="", num_images=8, batch_size=8,
+            num_resamples=10,
+        )  # fmt: skip
     if run.sweep:
         points = run.sweep.points
         run.sweep = dataclasses.replace(
@@ -181,7 +182,7 @@ def resize(run: Run, size: str | None) -> Run:
             num_seeds=1, num_steps=2, cliff=None,
             calibration=_tiny(run.sweep.calibration),
             measure=dataclasses.replace(
-                run.sweep.measure, protocol="embedded", num_images=8, batch_size=8
+                run.sweep.measure, protocol="embedded", references="", num_images=8, batch_size=8
             ),
         )  # fmt: skip
     return run

@@ -33,30 +33,37 @@ def load(name: str, directory: str, model: checkpoint.Model) -> Network:
     Args:
         name: "embedded", "inception", "lpips" (of pairs of images), or that of a CLIP.
         directory: holds a directory of each name, as tools/convert_metric_weights.py writes them.
-        model: the dense one. Its tokenizer is used for a CLIP: all of OpenAI's and of OpenCLIP's
-            read the same, and no token after the end of a text counts.
+        model: the dense one. Its tokenizer is used for a CLIP that has none of its own: those of
+            OpenAI and of OpenCLIP read the same, but that Stable Diffusion 2's takes "!" for
+            padding; and no token after the end of a text counts.
 
     Raises:
-        ValueError: if the network is not there, or not what its name says.
+        ValueError: if the network is not there, or not what its name says, or if its tokenizer is
+            another's.
     """
+    here, weights = path(directory, name), state(name, directory)
     if name == "embedded":
-        here = checkpoint.directory_of("embedded")
-        scorer = embedded.load_scorer(here / "clip", tokenizer.load(here / "tokenizer"))
+        scorer = embedded.load_scorer(here, tokenizer.load(here.parent / "tokenizer"))
         embed = functools.partial(_embed_small, scorer.model)
-        return Network(embed, scorer.params, scorer.embed_texts, _state(here / "clip"), scorer)
-    here = path(directory, name)
+        return Network(embed, scorer.params, scorer.embed_texts, weights, scorer)
     if name == "inception":
         params = checkpoint.load_params(here, inception.param_shapes(), dtype=np.float32)
-        return Network(_embed_inception, params, None, _state(here), None)
+        return Network(_embed_inception, params, None, weights, None)
     if name == "lpips":
         params = checkpoint.load_params(here, lpips.param_shapes(), dtype=np.float32)
-        return Network(_embed_pairs, params, None, _state(here), None)
+        return Network(_embed_pairs, params, None, weights, None)
     settings = clip.CLIPConfig.from_json(tensors.read_json(here / "config.json"))
     params = checkpoint.load_params(here, clip.clip_param_shapes(settings), dtype=np.float32)
-    words = tokenizer.load(model.directory / "tokenizer")
+    own = any((here / file).is_file() for file in ("vocab.json", "tokenizer.json"))
+    words = tokenizer.load(here if own else model.directory / "tokenizer")
+    if len(words) != settings.text.vocab_size:
+        raise ValueError(
+            f"{name} knows {settings.text.vocab_size} tokens and the tokenizer of the model has"
+            f" {len(words)}: copy that of any CLIP of OpenAI's or of OpenCLIP's to {here}"
+        )
     scorer = embedded.Scorer(settings, params, words)
     embed = functools.partial(_embed_clip, scorer.model)
-    return Network(embed, params, scorer.embed_texts, _state(here), None)
+    return Network(embed, params, scorer.embed_texts, weights, None)
 
 
 def load_lpips(directory: str, model: checkpoint.Model, size: tuple[int, int]) -> Network | None:
@@ -87,18 +94,20 @@ def path(directory: str, name: str) -> pathlib.Path:
     Raises:
         ValueError: if it does not.
     """
+    if name == "embedded":
+        return checkpoint.directory_of("embedded") / "clip"
     here = pathlib.Path(directory) / name
     if not directory or not here.is_dir():
         raise ValueError(
             f"the protocol needs the network {name}, and {here} is no directory: convert its"
-            " weights with tools/convert_metric_weights.py, and set config.evaluate.networks"
+            " weights with tools/convert_metric_weights.py"
         )
     return here
 
 
-def _state(directory: pathlib.Path) -> str:
-    """The SHA-256 of the weights."""
-    return hashlib.sha256(tensors.find_weights(directory).read_bytes()).hexdigest()
+def state(name: str, directory: str) -> str:
+    """The SHA-256 of a network's weights."""
+    return hashlib.sha256(tensors.find_weights(path(directory, name)).read_bytes()).hexdigest()
 
 
 def _embed_small(

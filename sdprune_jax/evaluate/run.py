@@ -21,7 +21,7 @@ from sdprune_jax import checkpoint, config, pipeline, sharding, tensors
 from sdprune_jax.aptp import routed
 from sdprune_jax.data import cache
 from sdprune_jax.data.images import RESIZE
-from sdprune_jax.evaluate import images, networks, scores, task
+from sdprune_jax.evaluate import images, needs, networks, scores, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Metric, Protocol
 from sdprune_jax.metrics import features
 
@@ -45,25 +45,27 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     directories = checkpoint.models_of_run(run.model, work)
     dense = checkpoint.open_model(directories["dense"][0])
     size = (protocol.generate_size or dense.unet.sample_size * dense.vae.downscale,) * 2
-    num_images = section.num_images or protocol.num_images
-    if num_images < 2:
-        raise ValueError("config.evaluate.num_images is 1: one image has no distribution; give 2")
-    for name in {metric.network for metric in protocol.metrics} - {"embedded"}:
-        networks.path(section.networks, name)
-    asked = task.load(protocol.data, section.data, num_images, not section.references)
+    if problems := needs.problems(section, protocol, size[0], "config.evaluate"):
+        raise ValueError("config.evaluate is not possible:\n  " + tensors.listing(problems))
+    asked = task.load(
+        protocol.data, section.data, section.num_images or protocol.num_images,
+        needs.has_pictures(section, protocol),
+    )  # fmt: skip
+    num_images = len(asked.prompts)  # rows that were skipped are missing
     perceptual = networks.load_lpips(section.networks, dense, size)
     record = work / "evaluate.json"
     states = routed.states(directories, work)
     made_from = cache.fingerprint(
-        dataclasses.asdict(section), dataclasses.asdict(protocol), run.seed, run.dtype, states,
-        asked.state, asked.prompts, *([perceptual.weights] if perceptual else []),
+        dataclasses.asdict(section), dataclasses.asdict(protocol), run.seed, run.dtype,
+        run.variant, states, asked.state, asked.prompts, needs.states(section, protocol),
+        *([perceptual.weights] if perceptual else []),
     )  # fmt: skip
     if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
         logging.info("%s is complete: made from the same config and models", record)
         return record
 
     folders = {
-        name: work / "evaluate" / f"{name}-{_key(run, protocol, state, size)}"
+        name: work / "evaluate" / f"{name}-{_key(run, protocol, state, asked, size)}"
         for name, state in states.items()
     }
     models = routed.models(directories, work, dense, asked.prompts, mesh)
@@ -85,8 +87,9 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     }
     values = {
         "made_from": made_from,
+        "dense": states["dense"][0],
         "protocol": dataclasses.asdict(protocol)
-        | {"evaluated": len(asked.prompts), "references": asked.num_references}
+        | {"evaluated": num_images, "references": asked.num_references}
         | {"height": size[0], "width": size[1], "seed": run.seed, "dtype": run.dtype},
         "weights": {name: network.weights for name, network in loaded.items()}
         | ({"lpips": perceptual.weights} if perceptual else {}),
@@ -106,10 +109,12 @@ def values_path(workdir: pathlib.Path, made_from: str) -> pathlib.Path:
     return workdir / "evaluate" / f"values-{made_from}.npz"
 
 
-def _key(run: config.Run, protocol: Protocol, state: Any, size: tuple[int, int]) -> str:
-    """Changes with all that an image depends on, but for its prompt and index."""
+def _key(
+    run: config.Run, protocol: Protocol, state: Any, asked: task.Task, size: tuple[int, int]
+) -> str:
+    """Changes with all that an image depends on, but for how many there are."""
     how = (protocol.data, protocol.sampler or "", protocol.num_steps, protocol.guidance_scale)
-    return cache.fingerprint(how, state, size, run.seed, run.dtype)
+    return cache.fingerprint(how, state, asked.state, size, run.seed, run.dtype, run.variant)
 
 
 def _render(
@@ -177,8 +182,7 @@ def measure(
             state = f"{folder.name}:{num_images}"
             wanted[name] = extract(folder.parent / "cache", read, num_images, state)
         reference = None
-        has_use = metric.kind in ("fid", "kid", "cmmd") and not section.references
-        if has_use and asked.reference:
+        if asked.reference and needs.reads_pictures(section, metric.kind):
             read = functools.partial(_real, asked.reference, protocol)
             reference = extract(cached, read, asked.num_references, f"real:{asked.state}")
         found = scores.of_metric(

@@ -20,7 +20,7 @@ class Task(NamedTuple):
     style: Int32[np.ndarray, " n"] | None
     num_references: int
     reference: Callable[[int], UInt8[np.ndarray, "h w 3"]] | None  # reads picture i
-    state: str  # changes if the reference pictures do
+    state: str  # changes if a prompt or a reference picture does, and not with `num_images`
 
 
 def load(data: str, directory: str, num_images: int, has_references: bool) -> Task:
@@ -46,8 +46,8 @@ def load(data: str, directory: str, num_images: int, has_references: bool) -> Ta
             " tools/prepare_data.py wrote"
         )
     if data == "bksdm":
-        drawn = sampling.bksdm(pathlib.Path(directory) / "metadata.csv")[:num_images]
-        return Task([row.caption for row in drawn], None, None, 0, None, "")
+        texts = [row.caption for row in sampling.bksdm(pathlib.Path(directory) / "metadata.csv")]
+        return Task(texts[:num_images], None, None, 0, None, cache.fingerprint(texts))
     kind, split = data.split("-")
     stored = {"coco": coco, "cc3m": cc3m}[kind].load(directory, split, has_images=has_references)
     if kind == "cc3m":
@@ -56,7 +56,8 @@ def load(data: str, directory: str, num_images: int, has_references: bool) -> Ta
         rule = sampling.sd2_pruning if split == "train2017" else sampling.aptp_coco
         positions = rule(stored.num_positions)
     chosen = captioned.select(stored, positions)
+    texts = captioned.captions(chosen)
     return Task(
-        captioned.captions(chosen)[:num_images], None, None, len(chosen.records),
-        lambda i: captioned.image(chosen, i), cache.fingerprint(chosen.positions, directory),
+        texts[:num_images], None, None, len(chosen.records), lambda i: captioned.image(chosen, i),
+        cache.fingerprint(chosen.positions, texts, directory),
     )  # fmt: skip

@@ -85,10 +85,11 @@ class Scorer:
         return found
 
     def _in_batches(self, embed: Any, rows: np.ndarray, batch_size: int) -> np.ndarray:
-        parts = [
-            np.asarray(embed({"params": self.params}, jnp.asarray(rows[batch])))
-            for batch in in_batches(len(rows), batch_size)
-        ]
+        with jax.default_matmul_precision("highest"):  # else TPUs and some GPUs round the inputs
+            parts = [
+                np.asarray(embed({"params": self.params}, jnp.asarray(rows[batch])))
+                for batch in in_batches(len(rows), batch_size)
+            ]
         return np.concatenate(parts)[: len(rows)]
 
 

@@ -45,9 +45,9 @@ def figures(evaluation: Mapping[str, Any]) -> str:
         notes.append("With another number of images, distances do not compare with published ones.")
     return charts.section(
         "Quality",
-        f'<p class="note">{" ".join(text(note) for note in notes if note)} Intervals hold 95 % of'
-        " what other images of the same kind would give, by bootstrap; a figure without one has"
-        " none that is sound.</p>",
+        f'<p class="note">{" ".join(text(note) for note in notes if note)} Intervals are'
+        " those of 95 % confidence, by bootstrap over images: of the mean over all such images and,"
+        " for distances, of what this number of them gives on average.</p>",
         charts.table("Every figure.", ["", *models], rows),
         '<div class="tables">',
         *drawn,

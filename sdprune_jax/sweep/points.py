@@ -51,8 +51,8 @@ def method(section: config.PruneComponent) -> str:
     for name in ("scope", "group", "pattern", "threshold", "owl_multiple", "owl_lambda", "damping"):
         value = getattr(section, name)
         if value != getattr(plain, name):
-            label = f"{name.removeprefix('owl_')} {value:g}" if type(value) is float else value
-            words.append(label)
+            is_number = isinstance(value, int | float)
+            words.append(f"{name.removeprefix('owl_')} {value:g}" if is_number else value)
     if section.band:
         words.append("band {:g} to {:g}".format(*section.band))
     words += [f"{own.layers} at {own.sparsity:g}" for own in section.overrides or ()]

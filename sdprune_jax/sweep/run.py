@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from sdprune_jax import checkpoint, config, convert, sharding, sites, tensors
 from sdprune_jax.data import cache, captions
-from sdprune_jax.evaluate import task
+from sdprune_jax.evaluate import needs, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
 from sdprune_jax.pruning import request
 from sdprune_jax.sweep import cliff, points, trial
@@ -42,14 +42,16 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     model = checkpoint.open_model(checkpoint.directory_of(run.model))
     protocol = _protocol(section)
     edge = protocol.generate_size or model.unet.sample_size * model.vae.downscale
-    num_images = section.measure.num_images or protocol.num_images
-    _refuse(section, model, protocol, edge, num_images)
-    references = not section.measure.references
-    asked = task.load(protocol.data, section.measure.data, num_images, references)
+    _refuse(section, model, protocol, edge)
+    asked = task.load(
+        protocol.data, section.measure.data, section.measure.num_images or protocol.num_images,
+        needs.has_pictures(section.measure, protocol),
+    )  # fmt: skip
     made_from = cache.fingerprint(
         *map(dataclasses.asdict, (section.measure, section.calibration, protocol)),
         captions.state(section.calibration.prompts), run.dtype, run.variant,
         cache.directory_state(model.directory), asked.state, asked.prompts,
+        needs.states(section.measure, protocol),
     )  # fmt: skip
     file, folder = work / "sweep.json", work / "sweep"
     names = [metric.name for metric in protocol.metrics if metric.kind == "clip_score"]
@@ -70,7 +72,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         values |= {name: old[name] for name in ("dense", "rows", "cliffs")}
         logging.info("%s has %d rows already", file, len(values["rows"]))
     elif jax.process_index() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # pictures of another sweep
+        file.unlink(missing_ok=True)  # of another sweep, and so are the pictures
+        shutil.rmtree(folder, ignore_errors=True)
     bench = functools.cache(
         lambda: trial.open_bench(run, mesh, model, protocol, asked, (edge, edge), folder)
     )
@@ -171,6 +174,8 @@ def _cliff_of(
     try:
         tried = {sparsity: share(sparsity) for sparsity in (0.0, *series.sparsities)}
         low, high = cliff.bracket(tried, section.limit)
+        if high is None and low >= section.highest:
+            raise cliff.NoBreakError(f"whole still at {low:g}, and highest is {section.highest:g}")
         high = section.highest if high is None else high
         edge = cliff.bisect(share, low, high, section.tolerance, section.limit)
     except cliff.NoBreakError as error:
@@ -192,28 +197,9 @@ def _refuse(
     model: checkpoint.Model,
     protocol: Protocol,
     edge: int,
-    num_images: int,
 ) -> None:
     """Raises for all that would end the sweep later, at once."""
-    measure, problems = section.measure, []
-    if num_images < 2:
-        problems.append("measure.num_images is 1: one image has no distribution; give 2")
-    if protocol.data != "embedded" and not measure.data:
-        problems.append(
-            f"the protocol {protocol.name} draws from {protocol.data}: set measure.data to a"
-            " directory that tools/prepare_data.py wrote"
-        )
-    problems += [
-        f"the protocol {protocol.name} needs the network {name}: convert it with"
-        " tools/convert_metric_weights.py, and set measure.networks"
-        for name in sorted({metric.network for metric in protocol.metrics} - {"embedded"})
-        if not measure.networks or not (pathlib.Path(measure.networks) / name).is_dir()
-    ]
-    if protocol.data == "embedded" and any(metric.size != edge for metric in protocol.metrics):
-        problems.append(
-            f"the protocol {protocol.name} measures pictures of {protocol.metrics[0].size} pixels,"
-            f" and this model makes {edge}: choose another measure.protocol"
-        )
+    problems = needs.problems(section.measure, protocol, edge, "config.sweep.measure")
     asked = {f"points[{i}]": point for i, point in enumerate(section.points)}
     if section.cliff:  # bisected between points, or up to `highest`
         found = enumerate(points.series(section.points))

@@ -1,0 +1,71 @@
+"""What a measurement needs, told before anything is drawn; and which files its figures are of."""
+
+import hashlib
+import pathlib
+
+from sdprune_jax import config
+from sdprune_jax.evaluate import networks
+from sdprune_jax.evaluate.protocols import Protocol
+
+_WITH_PICTURES = ("kid", "cmmd")  # kinds that no statistics of the reference pictures replace
+
+
+def problems(section: config.Evaluate, protocol: Protocol, edge: int, key: str) -> list[str]:
+    """What of a measurement is missing, or cannot be.
+
+    Args:
+        section: what is asked for.
+        protocol: of it.
+        edge: of the images that the model makes, in pixels.
+        key: of the section, for the messages.
+    """
+    found, name = [], protocol.name
+    if (section.num_images or protocol.num_images) < 2:
+        found.append(f"{key}.num_images is 1: one image has no distribution; give 2")
+    if protocol.data != "embedded" and not section.data:
+        found.append(
+            f"the protocol {name} draws from {protocol.data}: set {key}.data to a directory that"
+            " tools/prepare_data.py wrote"
+        )
+    if protocol.data == "bksdm" and not section.references:
+        found.append(
+            f"the protocol {name} has no reference pictures: set {key}.references to their"
+            " statistics, a .npz with mu and sigma"
+        )
+    if section.references and not pathlib.Path(section.references).is_file():
+        found.append(f"{key}.references is {section.references}, which is no file")
+    for network in _networks(protocol):
+        try:
+            networks.path(section.networks, network)
+        except ValueError as error:
+            found.append(f"{error}, and set {key}.networks")
+    sizes = {metric.size for metric in protocol.metrics if metric.network == "embedded"}
+    if sizes - {edge}:
+        found.append(
+            f"the protocol {name} measures images of {max(sizes)} pixels, and this model makes"
+            f" {edge}: choose another {key}.protocol"
+        )
+    return found
+
+
+def has_pictures(section: config.Evaluate, protocol: Protocol) -> bool:
+    """Whether reference pictures are read, not their captions alone."""
+    return not section.references or any(m.kind in _WITH_PICTURES for m in protocol.metrics)
+
+
+def reads_pictures(section: config.Evaluate, kind: str) -> bool:
+    """Whether a metric of that kind is a distance to reference pictures, not to `references`."""
+    return kind in _WITH_PICTURES or (kind == "fid" and not section.references)
+
+
+def states(section: config.Evaluate, protocol: Protocol) -> list[str]:
+    """Hashes of the networks and of the reference statistics."""
+    found = [networks.state(name, section.networks) for name in _networks(protocol)]
+    if section.references:
+        data = pathlib.Path(section.references).read_bytes()
+        found.append(hashlib.sha256(data).hexdigest())
+    return found
+
+
+def _networks(protocol: Protocol) -> list[str]:
+    return sorted({metric.network for metric in protocol.metrics})
