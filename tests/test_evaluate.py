@@ -1,5 +1,6 @@
 """Stage `evaluate`: what may be interrupted, what a protocol is, and what is refused."""
 
+import dataclasses
 import io
 import types
 
@@ -203,7 +204,7 @@ def test_distances_to_the_dense_model_are_image_by_image(tmp_path):
     assert scores.to_dense(dense, dense, 5, 0)["psnr_to_dense"]["value"] > 100
 
 
-def test_clip_score_is_that_of_transformers(tmp_path):
+def test_clip_score_is_that_of_transformers(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     dense = checkpoint.open_model(checkpoint.directory_of("embedded"))
@@ -236,3 +237,12 @@ def test_clip_score_is_that_of_transformers(tmp_path):
         out = reference(input_ids=ids, pixel_values=inputs["pixel_values"])
     want = (out.image_embeds * out.text_embeds).sum(dim=1).numpy()
     np.testing.assert_allclose(got, want, atol=2e-5)
+
+    nowhere = dataclasses.replace(dense, directory=tmp_path / "nowhere")
+    words.save_pretrained(tmp_path / "clip-tiny")  # its own is taken before the model's
+    own = networks.load("clip-tiny", str(tmp_path), nowhere)
+    assert own.embed_texts is not None
+    np.testing.assert_array_equal(own.embed_texts(prompts), network.embed_texts(prompts))
+    monkeypatch.setattr(tokenizer, "load", lambda _: range(7))
+    with pytest.raises(ValueError, match="the tokenizer of the model has 7"):
+        networks.load("clip-tiny", str(tmp_path), dense)
