@@ -62,6 +62,10 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
         raise ValueError(f"the config sets no stage: none of {', '.join(config.STAGES)}")
     mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp)
     checks.check_devices(run, mesh.size)
+    if run.evaluate:
+        from sdprune_jax.evaluate import needs
+
+        needs.check(run.evaluate)  # now, and not after hours of other stages
     with alone(run.workdir):
         if jax.process_index() == 0:
             save(run)

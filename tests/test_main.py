@@ -152,6 +152,14 @@ def test_run_without_a_stage_is_refused_and_writes_nothing(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+def test_what_evaluate_lacks_is_told_before_any_stage_runs(tmp_path):
+    asked = config.Run(workdir=str(tmp_path / "run"), prune=config.Prune())
+    asked.evaluate = config.Evaluate(protocol="sd2prune-paper")
+    with pytest.raises(ValueError, match="the network inception"):
+        main.run_stages(asked)
+    assert not (tmp_path / "run").exists()
+
+
 def test_workdir_that_cannot_be_written_is_refused(file):
     for path in (file / "below", file.with_name(256 * "x")):  # of too many letters
         with pytest.raises(ValueError, match=re.escape("--config.workdir=DIRECTORY")):

@@ -3,20 +3,34 @@
 import hashlib
 import pathlib
 
-from sdprune_jax import config
+from sdprune_jax import config, tensors
 from sdprune_jax.evaluate import networks
-from sdprune_jax.evaluate.protocols import Protocol
+from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
 
 _WITH_PICTURES = ("kid", "cmmd")  # kinds that no statistics of the reference pictures replace
 
 
-def problems(section: config.Evaluate, protocol: Protocol, edge: int, key: str) -> list[str]:
+def check(section: config.Evaluate, edge: int | None = None) -> None:
+    """Checks the section `evaluate` of a run.
+
+    Args:
+        section: what is asked for.
+        edge: of the images that the model makes, in pixels; None if that is not known yet.
+
+    Raises:
+        ValueError: naming all of `problems`.
+    """
+    if found := problems(section, PROTOCOLS[section.protocol], edge, "config.evaluate"):
+        raise ValueError("config.evaluate is not possible:\n  " + tensors.listing(found))
+
+
+def problems(section: config.Evaluate, protocol: Protocol, edge: int | None, key: str) -> list[str]:
     """What of a measurement is missing, or cannot be.
 
     Args:
         section: what is asked for.
         protocol: of it.
-        edge: of the images that the model makes, in pixels.
+        edge: as of `check`.
         key: of the section, for the messages.
     """
     found, name = [], protocol.name
@@ -40,7 +54,7 @@ def problems(section: config.Evaluate, protocol: Protocol, edge: int, key: str) 
         except ValueError as error:
             found.append(f"{error}, and set {key}.networks")
     sizes = {metric.size for metric in protocol.metrics if metric.network == "embedded"}
-    if sizes - {edge}:
+    if edge is not None and sizes - {edge}:
         found.append(
             f"the protocol {name} measures images of {max(sizes)} pixels, and this model makes"
             f" {edge}: choose another {key}.protocol"

@@ -45,8 +45,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     directories = checkpoint.models_of_run(run.model, work)
     dense = checkpoint.open_model(directories["dense"][0])
     size = (protocol.generate_size or dense.unet.sample_size * dense.vae.downscale,) * 2
-    if problems := needs.problems(section, protocol, size[0], "config.evaluate"):
-        raise ValueError("config.evaluate is not possible:\n  " + tensors.listing(problems))
+    needs.check(section, size[0])
     asked = task.load(
         protocol.data, section.data, section.num_images or protocol.num_images,
         needs.has_pictures(section, protocol),
