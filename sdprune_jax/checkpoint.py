@@ -235,6 +235,7 @@ def _replace(directory: pathlib.Path, new: pathlib.Path) -> None:
         os.close(descriptor)
     old = directory.with_name(f"{directory.name}.old")
     if directory.exists() and any(directory.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)  # left by a save that was killed at its end
         directory.rename(old)
     new.rename(directory)
     shutil.rmtree(old, ignore_errors=True)

@@ -244,3 +244,12 @@ def test_export_is_readable_by_numpy_alone(tmp_path: pathlib.Path):
     assert stored.keys() == {convert.torch_key(path) for path in convert.flatten(params)}
     want = np.asarray(params["conv.0"]["kernel"]).transpose(3, 2, 0, 1).astype(np.float16)
     np.testing.assert_array_equal(stored["conv.0.weight"], want)
+
+
+def test_a_save_killed_at_its_end_does_not_stop_the_next(tmp_path: pathlib.Path):
+    for name in ("model", "model.old", "model.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "name.txt").write_text(name)
+    checkpoint._replace(tmp_path / "model", tmp_path / "model.new")
+    assert (tmp_path / "model" / "name.txt").read_text() == "model.new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

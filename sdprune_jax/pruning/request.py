@@ -87,7 +87,10 @@ def own_sparsities(paths: Iterable[str], section: config.PruneComponent) -> dict
 
 
 def num_removed(sizes: Mapping[str, int], section: config.PruneComponent) -> int:
-    """How many weights a component loses; ties of `rz` and the rounding of bands may differ.
+    """How many weights a component is to lose.
+
+    Ties of `rz` and the rounding of bands may differ, and groups of one output, as of Wanda, lose
+    less: every row is rounded down, as by its authors' code, by up to one weight.
 
     Args:
         sizes: weights of every layer in scope, by path.

@@ -150,6 +150,7 @@ def prune_component(
                 np.copyto(kernel, found.kernel, casting="same_kind")
             masks.zero(kernel, found.keep)
             rows[path] = record.layer(path, kernel, found, threshold)
+        del stats  # before those of the next part are computed
     prunable = sum(sizes.values())
     zeros = sum(row["zeros"] for row in rows.values())
     said = dataclasses.asdict(section)
