@@ -48,7 +48,7 @@ def problems(section: config.Evaluate, protocol: Protocol, edge: int | None, key
         )
     if section.references and not pathlib.Path(section.references).is_file():
         found.append(f"{key}.references is {section.references}, which is no file")
-    for network in _networks(protocol):
+    for network in network_names(protocol):
         try:
             networks.path(section.networks, network)
         except ValueError as error:
@@ -74,7 +74,7 @@ def reads_pictures(section: config.Evaluate, kind: str) -> bool:
 
 def states(section: config.Evaluate, protocol: Protocol) -> list[str]:
     """Hashes of the networks and of the reference statistics."""
-    found = [networks.state(name, section.networks) for name in _networks(protocol)]
+    found = [networks.state(name, section.networks) for name in network_names(protocol)]
     if section.references:
         data = pathlib.Path(section.references).read_bytes()
         found.append(hashlib.sha256(data).hexdigest())

@@ -55,10 +55,11 @@ def load(name: str, directory: str, model: checkpoint.Model) -> Network:
     settings = clip.CLIPConfig.from_json(tensors.read_json(here / "config.json"))
     params = checkpoint.load_params(here, clip.clip_param_shapes(settings), dtype=np.float32)
     own = any((here / file).is_file() for file in ("vocab.json", "tokenizer.json"))
-    words = tokenizer.load(here if own else model.directory / "tokenizer")
+    folder = here if own else model.directory / "tokenizer"
+    words = tokenizer.load(folder)
     if len(words) != settings.text.vocab_size:
         raise ValueError(
-            f"{name} knows {settings.text.vocab_size} tokens and the tokenizer of the model has"
+            f"{name} knows {settings.text.vocab_size} tokens, and the tokenizer in {folder} has"
             f" {len(words)}: copy that of any CLIP of OpenAI's or of OpenCLIP's to {here}"
         )
     scorer = embedded.Scorer(settings, params, words)

@@ -146,7 +146,7 @@ def load_networks(
     section: config.Evaluate, protocol: Protocol, dense: checkpoint.Model
 ) -> dict[str, networks.Network]:
     """All that a protocol's metrics need, by name."""
-    names = sorted({metric.network for metric in protocol.metrics})
+    names = needs.network_names(protocol)
     return {name: networks.load(name, section.networks, dense) for name in names}
 
 
