@@ -81,5 +81,6 @@ def states(section: config.Evaluate, protocol: Protocol) -> list[str]:
     return found
 
 
-def _networks(protocol: Protocol) -> list[str]:
+def network_names(protocol: Protocol) -> list[str]:
+    """The networks of a protocol's metrics."""
     return sorted({metric.network for metric in protocol.metrics})
