@@ -13,7 +13,7 @@ Latents and text states are computed once and kept on disk, 0.22 MB a picture wi
 620 GB for all, and twice that while they are computed; `--config.router.data.num_images=100000`
 takes 22. For a pod:
 
-    python tools/prepare_data.py cc3m SOURCE data/cc3m --split train  # and --split validation
+    sdprune prepare-data cc3m SOURCE data/cc3m --split train  # and --split validation
     python -m sdprune_jax.main --config=configs/aptp_cc3m.py[:tiny] [--dry_run]
 """
 

@@ -10,7 +10,7 @@ pixels: FID 39.12, CLIP score 29.98, CMMD 0.867 at 890.0 G MACs for APTP-Small, 
 
 Latents and text states are computed once and kept on disk: 71 GB. For a pod:
 
-    python tools/prepare_data.py coco SOURCE data/coco --split train2014  # and --split val2014
+    sdprune prepare-data coco SOURCE data/coco --split train2014  # and --split val2014
     python -m sdprune_jax.main --config=configs/aptp_coco.py[:tiny] [--dry_run]
 """
 

@@ -14,7 +14,7 @@ to the dense model than any single UNet of as many steps, and `one` of 2,000 nea
     for row in ours published one uniform random norm taylor bksdm-base; do
         python -m sdprune_jax.main --config=configs/aptp_study.py:$row
     done
-    python tools/compare_runs.py runs/aptp_study/*
+    sdprune compare runs/aptp_study/*
 
 `:tiny` is `ours` in small, and `:norm,tiny` any other row; `--config.seed=1` needs another workdir.
 """

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import fcntl
+import importlib
 import os
 import pathlib
 import socket
@@ -21,7 +22,9 @@ import jax
 from absl import app, logging
 from jax.sharding import Mesh
 
-from sdprune_jax import checks, command_line, config, sharding, tensors
+from sdprune_jax import config, sharding
+from sdprune_jax.config import checks, command_line
+from sdprune_jax.files import tensors
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
@@ -40,7 +43,7 @@ def main(command: command_line.Command) -> None:
         keep_freed_memory()
     _cache_compilations()
     if command.dry_run:
-        from sdprune_jax import plan
+        from sdprune_jax.stages import plan
 
         print(plan.card(run, jax.device_count()))
         return
@@ -74,50 +77,10 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
 
 def _stages(run: config.Run, mesh: Mesh) -> list[pathlib.Path]:
     paths = []
-    if run.pretrain:
-        from sdprune_jax.pretrain import run as pretrain
-
-        paths.append(pretrain.run(run, mesh))
-    if run.prune:
-        from sdprune_jax.pruning import run as prune
-
-        paths.append(prune.run(run, mesh))
-    if run.router:
-        from sdprune_jax.aptp import train_router
-
-        paths.append(train_router.run(run, mesh))
-    if run.assign:
-        from sdprune_jax.aptp import experts
-
-        paths.append(experts.assign(run, mesh))
-    if run.materialise:
-        from sdprune_jax.aptp import experts
-
-        paths.append(experts.materialise(run, mesh))
-    if run.slice:
-        from sdprune_jax.pruning import slicing
-
-        paths.append(slicing.run(run, mesh))
-    if run.finetune:
-        from sdprune_jax.aptp import finetune
-
-        paths.append(finetune.run(run, mesh))
-    if run.generate:
-        from sdprune_jax import generate
-
-        paths.append(generate.run(run, mesh))
-    if run.evaluate:
-        from sdprune_jax.evaluate import run as evaluate
-
-        paths.append(evaluate.run(run, mesh))
-    if run.sweep:
-        from sdprune_jax.sweep import run as sweep
-
-        paths.append(sweep.run(run, mesh))
-    if run.report:
-        from sdprune_jax.report import run as report
-
-        paths.append(report.run(run))
+    for name in config.STAGES:
+        if getattr(run, name):
+            stage = importlib.import_module(f"sdprune_jax.stages.{name}")
+            paths.append(stage.run(run, mesh))
     return paths
 
 

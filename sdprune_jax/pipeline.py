@@ -13,10 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from sdprune_jax import checkpoint, samplers, sharding
-from sdprune_jax.checkpoint import Model
+from sdprune_jax import sharding
 from sdprune_jax.data import cache, tokenizer
-from sdprune_jax.models import clip, unet, vae
+from sdprune_jax.files import model_directory
+from sdprune_jax.files.model_directory import Model
+from sdprune_jax.models import clip, samplers, unet, vae
 
 
 class Sampled(NamedTuple):
@@ -41,11 +42,11 @@ Sample = Callable[..., Sampled]
 def load(model: Model, mesh: Mesh, variant: str | None = None) -> dict[str, Any]:
     """Parameters of all components in float32, the large ones split over the mesh."""
     return {
-        name: checkpoint.load(
+        name: model_directory.load(
             model, name, dtype=np.float32, variant=variant,
-            sharding=sharding.fsdp_shardings(checkpoint.param_shapes(model, name), mesh),
+            sharding=sharding.fsdp_shardings(model_directory.param_shapes(model, name), mesh),
         )
-        for name in checkpoint.COMPONENTS
+        for name in model_directory.COMPONENTS
     }  # fmt: skip
 
 

@@ -7,8 +7,9 @@ import pathlib
 import jax
 import numpy as np
 
-from sdprune_jax import checkpoint, config, sharding, sites, tensors
+from sdprune_jax import config, sharding, sites
 from sdprune_jax.aptp import layout, router
+from sdprune_jax.files import model_directory, tensors
 from sdprune_jax.models import unet, vae
 
 UNET = unet.UNetConfig(
@@ -32,9 +33,9 @@ MESH = sharding.make_mesh(devices=jax.devices()[:1])
 DATA = config.RouterData(num_images=24, captions_per_image=2)
 
 
-def make(directory: pathlib.Path, unet_config: unet.UNetConfig = UNET) -> checkpoint.Model:
+def make(directory: pathlib.Path, unet_config: unet.UNetConfig = UNET) -> model_directory.Model:
     """Random parameters, biases and norms too; the tokenizer is that of the embedded model."""
-    embedded = checkpoint.open_model(checkpoint.directory_of("embedded"))
+    embedded = model_directory.open_model(model_directory.directory_of("embedded"))
     text = dataclasses.replace(
         embedded.text_encoder, hidden_size=12, intermediate_size=24, num_hidden_layers=1,
         num_attention_heads=2,
@@ -45,11 +46,11 @@ def make(directory: pathlib.Path, unet_config: unet.UNetConfig = UNET) -> checkp
     )  # fmt: skip
     model = dataclasses.replace(embedded, text_encoder=text, unet=unet_config, vae=vae_config)
     params = {
-        name: random_params(checkpoint.param_shapes(model, name), seed)
-        for seed, name in enumerate(checkpoint.COMPONENTS)
+        name: random_params(model_directory.param_shapes(model, name), seed)
+        for seed, name in enumerate(model_directory.COMPONENTS)
     }
-    checkpoint.save(model, params, directory, dtype=np.float32)
-    return checkpoint.open_model(directory)
+    model_directory.save(model, params, directory, dtype=np.float32)
+    return model_directory.open_model(directory)
 
 
 def random_params(shapes, seed):
@@ -64,7 +65,7 @@ def random_params(shapes, seed):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def write_router(workdir: pathlib.Path, model: checkpoint.Model, **changes) -> config.Router:
+def write_router(workdir: pathlib.Path, model: model_directory.Model, **changes) -> config.Router:
     """A finished router of three codes that close about a third of all gates."""
     section = config.Router(**{"num_codes": 3, "macs_budget": 0.7, "data": DATA} | changes)
     width = model.text_encoder.hidden_size
@@ -75,7 +76,7 @@ def write_router(workdir: pathlib.Path, model: checkpoint.Model, **changes) -> c
     params["codes"] = rng.normal(-2.8, 1.0, size=shape).astype(np.float32)
     params["predictor"]["heads"]["bias"] -= np.float32(2.8)
     (workdir / "router").mkdir(parents=True)
-    checkpoint.save_params(workdir / "router", params, dtype=np.float32, name="model")
+    model_directory.save_params(workdir / "router", params, dtype=np.float32, name="model")
     values = {
         "made_from": "by hand", "model": str(model.directory), "variant": "", "seed": 0,
         "embedding_dim": width, "latent_size": [8, 8], "section": dataclasses.asdict(section),

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sdprune_jax import config
-from sdprune_jax.report import run as report
+from sdprune_jax.stages import report
 
 _VOID = {"img", "meta", "rect", "path", "line"}  # elements that nothing is inside of
 

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from sdprune_jax import convert, sites
+from sdprune_jax import sites
+from sdprune_jax.files import convert
 from sdprune_jax.models import clip, unet
 from sdprune_jax.pruning import allocate
 

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax.pruning import alps, obs
-from sdprune_jax.pruning.recorder import LayerStats
+from sdprune_jax.pruning import alps
+from sdprune_jax.scoring import obs
+from sdprune_jax.scoring.recorder import LayerStats
 
 
 def _random_layer(seed, n_in=32, n_out=24):

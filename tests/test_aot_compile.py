@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, config, sharding, sites
-from sdprune_jax.aptp import data
+from sdprune_jax import config, sharding, sites
 from sdprune_jax.aptp.layout import layout_of
+from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import features
+from sdprune_jax.training import encoded
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
 import aot_compile
@@ -118,7 +119,7 @@ def test_batches_are_those_of_the_training(model):
         "log_variance": zeros(16, 2, size, size, 4),
         "null": states[:1],
     }
-    batch = data.Examples(**fields).batch(np.arange(16), [0])
+    batch = encoded.Examples(**fields).batch(np.arange(16), [0])
     shapes = aot_programs.batch_shapes(model, 16, size, "finetune", sharding.make_mesh(), 12)
     assert {k: (x.shape, x.dtype) for k, x in shapes.items()} == {
         k: (x.shape, x.dtype) for k, x in batch.items()
@@ -129,7 +130,9 @@ def test_lowered_step_takes_the_state_the_frozen_unet_and_a_batch(model):
     lowered = aot_programs.lower(_run(model), "router", sharding.make_mesh(2, 4))
     state, frozen, batch, _ = lowered.in_avals[0]
     assert int(np.prod(state.params["codes"].shape)) == 3 * state.params["codes"].shape[1]
-    assert jax.tree.structure(frozen) == jax.tree.structure(checkpoint.param_shapes(model, "unet"))
+    assert jax.tree.structure(frozen) == jax.tree.structure(
+        model_directory.param_shapes(model, "unet")
+    )
     assert batch["warms_up"].shape == (16,)
 
 
@@ -168,7 +171,7 @@ def test_router_step_sends_what_the_algorithm_needs_and_each_split_weight_once(m
     assert sent.keys() == {"all-gather", "all-reduce"}
 
     width, num_gates = model.text_encoder.hidden_size, layout_of(sites.table(model.unet)).size
-    unet = checkpoint.param_shapes(model, "unet")
+    unet = model_directory.param_shapes(model, "unet")
     places = jax.tree.leaves(sharding.fsdp_shardings(unet, mesh))
     split = [
         leaf.shape

@@ -6,8 +6,10 @@ import pathlib
 
 import pytest
 
-from sdprune_jax import checks, command_line, config, diffusion, plan
-from sdprune_jax.models import clip, unet, vae
+from sdprune_jax import config
+from sdprune_jax.config import checks, command_line
+from sdprune_jax.models import clip, noise_schedule, unet, vae
+from sdprune_jax.stages import plan
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 ROWS = (
@@ -35,7 +37,7 @@ def stable_diffusion(tmp_path_factory):
         "text_encoder/config.json": clip.TextConfig(),
         "unet/config.json": unet.UNetConfig(sample_size=96),
         "vae/config.json": vae.VAEConfig(),
-        "scheduler/scheduler_config.json": diffusion.Schedule(prediction_type="v_prediction"),
+        "scheduler/scheduler_config.json": noise_schedule.Schedule(prediction_type="v_prediction"),
     }
     for name, values in files.items():
         (directory / name).parent.mkdir()

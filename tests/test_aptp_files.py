@@ -1,10 +1,8 @@
 """tools/convert.py --from aptp, on files of the layout that the authors of APTP publish."""
 
 import json
-import pathlib
 import re
 import shutil
-import sys
 
 import aptp_model
 import jax
@@ -13,13 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
-import aptp_files
-import convert as tool  # the script, not sdprune_jax.convert
-
-from sdprune_jax import checkpoint, config, convert, sites
-from sdprune_jax.aptp import experts, gates, layout, router, train_router
+from sdprune_jax import config, sites
+from sdprune_jax.aptp import gates, layout, router, router_training
+from sdprune_jax.commands import aptp_files
+from sdprune_jax.commands import convert as tool
+from sdprune_jax.files import convert, model_directory
 from sdprune_jax.models import unet
+from sdprune_jax.stages import assign
 
 LAYOUT, MESH = aptp_model.LAYOUT, aptp_model.MESH
 WIDTHS = (*LAYOUT.units, len(LAYOUT.depth))
@@ -86,7 +84,7 @@ def test_structure_of_stable_diffusion_2_is_the_published_one():
 def test_router_predicts_and_cuts_as_the_published_one(model, tmp_path, capsys):
     heads, codes, soft = _write(tmp_path / "aptp")
     _convert(tmp_path / "aptp", tmp_path / "run", model)
-    params, section, values = train_router.load(tmp_path / "run", model, MESH)
+    params, section, values = router_training.load(tmp_path / "run", model, MESH)
     x = np.random.default_rng(1).normal(size=(5, WIDTH)).astype(np.float32)
     parts = [x @ heads[f"mh_fc.{i}.weight"].T + heads[f"mh_fc.{i}.bias"]
              for i in range(len(WIDTHS))]  # fmt: skip
@@ -94,8 +92,8 @@ def test_router_predicts_and_cuts_as_the_published_one(model, tmp_path, capsys):
     np.testing.assert_allclose(found, np.concatenate(parts, axis=1), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(params["codes"], codes)
     assert (section.num_codes, values["latent_size"]) == (3, [32, 32])
-    costs = train_router.budget_costs(section, model, (32, 32))
-    kept = train_router.kept_shares(jnp.asarray(soft), LAYOUT, costs)
+    costs = router_training.budget_costs(section, model, (32, 32))
+    kept = router_training.kept_shares(jnp.asarray(soft), LAYOUT, costs)
     assert section.macs_budget == pytest.approx(float(kept.mean()), abs=5e-5)
     assert f"3 codes, which keep {kept[0]:.3f}" in capsys.readouterr().out
 
@@ -105,14 +103,14 @@ def test_router_predicts_and_cuts_as_the_published_one(model, tmp_path, capsys):
     values["section"]["data"] |= {"num_images": 8, "captions_per_image": 1}
     record.write_text(json.dumps(values))
     run.assign = config.Assign("published", "stored", "none", fit_budget="none")
-    output = experts.assign(run, MESH)
+    output = assign.run(run, MESH)
     np.testing.assert_array_equal(np.load(output / "architectures.npy"), soft >= 0.5)
     run.assign = config.Assign(final_codes="stored")
     with pytest.raises(ValueError, match="fit_budget moves logits"):
-        experts.assign(run, MESH)
+        assign.run(run, MESH)
     (tmp_path / "run" / "router" / "code_gates.npy").unlink()
     with pytest.raises(ValueError, match="only routers of tools"):
-        experts.assign(run, MESH)
+        assign.run(run, MESH)
 
 
 def test_normalised_weights_and_a_single_architecture_are_taken_over(tmp_path):
@@ -180,7 +178,7 @@ def test_expert_is_read_by_the_shapes_of_its_tensors(model, tmp_path):
     keep[LAYOUT.starts] = True
     keep[LAYOUT.num_width :] = [True, False, True, False, True][: len(LAYOUT.depth)]
     architecture = layout.to_architecture(keep, LAYOUT)
-    dense = jax.tree.map(np.asarray, checkpoint.load(model, "unet"))
+    dense = jax.tree.map(np.asarray, model_directory.load(model, "unet"))
     params, unet_config = sites.slice_params(dense, model.unet, architecture)
     flat = {convert.torch_key(path): np.ascontiguousarray(convert.to_torch(path, x))
             for path, x in convert.flatten(params).items()}  # fmt: skip
@@ -188,10 +186,10 @@ def test_expert_is_read_by_the_shapes_of_its_tensors(model, tmp_path):
     _save(source / "unet", flat, {"_class_name": "UNet2DConditionModelPruned"})
     (source / "arch_vector.pt").write_bytes(b"")
     tool.main([str(source), str(tmp_path / "00"), "--config", str(model.directory)])
-    expert = checkpoint.open_model(tmp_path / "00")
+    expert = model_directory.open_model(tmp_path / "00")
     assert expert.unet == unet_config
     assert dict(unet_config.kept_units)[LAYOUT.depth[1]] == 0
-    jax.tree.map(np.testing.assert_array_equal, checkpoint.load(expert, "unet"), params)
+    jax.tree.map(np.testing.assert_array_equal, model_directory.load(expert, "unet"), params)
     name = "model.safetensors"
     assert (tmp_path / "00" / "text_encoder" / name).read_bytes() == (
         model.directory / "text_encoder" / name

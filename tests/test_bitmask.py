@@ -1,9 +1,8 @@
-"""sparse-bitmask and sparse-24 by hand and by round trips, and tools/pack_sparse.py end to end."""
+"""sparse-bitmask and sparse-24 by hand and by round trips, and sdprune pack end to end."""
 
 import json
 import os
 import pathlib
-import sys
 
 import jax
 import ml_dtypes
@@ -12,11 +11,8 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
-import pack_sparse
-import sparse_files
-
-from sdprune_jax import bitmask, checkpoint, tensors
+from sdprune_jax.commands import pack, sparse_files
+from sdprune_jax.files import bitmask, model_directory, tensors
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 SHAPES = ((1,), (13,), (3, 10), (8, 8), (5, 1), (7, 17), (4, 3, 3, 3), (2, 3, 4), (0, 5), (3, 0))
@@ -225,7 +221,7 @@ def source(tmp_path) -> pathlib.Path:
 
 
 def _run(*arguments) -> None:
-    pack_sparse.main([str(argument) for argument in arguments])
+    pack.main([str(argument) for argument in arguments])
 
 
 def _contents(root: pathlib.Path) -> dict[str, bytes]:
@@ -357,8 +353,8 @@ def test_wrong_packing_is_noticed_while_packing(source, tmp_path, monkeypatch):
 
 
 def test_embedded_model_packed_and_unpacked_is_loaded_alike(tmp_path):
-    model = checkpoint.open_model(checkpoint.directory_of("embedded"))
-    params = checkpoint.load(model, "text_encoder", dtype=np.float16)
+    model = model_directory.open_model(model_directory.directory_of("embedded"))
+    params = model_directory.load(model, "text_encoder", dtype=np.float16)
     pruned, again = tmp_path / "pruned", tmp_path / "again"
 
     def prune(x):
@@ -366,9 +362,9 @@ def test_embedded_model_packed_and_unpacked_is_loaded_alike(tmp_path):
         return np.where(np.abs(x) < np.median(np.abs(x)), np.zeros_like(x), x)
 
     params = jax.tree.map(prune, params)
-    checkpoint.save(model, {"text_encoder": params}, pruned, dtype=np.float16)
+    model_directory.save(model, {"text_encoder": params}, pruned, dtype=np.float16)
     _run(pruned, tmp_path / "packed")
     _run("--unpack", tmp_path / "packed", again)
     assert _contents(again) == _contents(pruned)  # our own files return byte for byte
-    loaded = checkpoint.load(checkpoint.open_model(again), "text_encoder")
+    loaded = model_directory.load(model_directory.open_model(again), "text_encoder")
     jax.tree.map(lambda a, b: _assert_same_bits(np.asarray(a), b), loaded, params)

@@ -10,10 +10,12 @@ import pytest
 import stored_inputs
 from jax.sharding import AxisType
 
-from sdprune_jax import convert, diffusion, pipeline, samplers, sharding, sites, train
-from sdprune_jax.checkpoint import Model
-from sdprune_jax.models import clip, unet, vae
-from sdprune_jax.pruning import calibrate, inputs, trajectory
+from sdprune_jax import pipeline, sharding, sites
+from sdprune_jax.files import convert
+from sdprune_jax.files.model_directory import Model
+from sdprune_jax.models import clip, noise_schedule, samplers, unet, vae
+from sdprune_jax.scoring import calibrate, inputs, trajectory
+from sdprune_jax.training import loop
 
 UNET = unet.UNetConfig(
     sample_size=4,
@@ -34,7 +36,7 @@ TEXT = clip.TextConfig(
     max_position_embeddings=9,
     eos_token_id=49,
 )
-MODEL = Model(TEXT, UNET, vae.VAEConfig(), diffusion.Schedule(), pathlib.Path())
+MODEL = Model(TEXT, UNET, vae.VAEConfig(), noise_schedule.Schedule(), pathlib.Path())
 WALK = trajectory.Trajectory(
     num_steps=3, guidance_scale=3.0, batch_size=8, position_fraction=1.0, weight_range=(0.5, 1.5)
 )
@@ -44,7 +46,7 @@ KEY = jax.random.key(3)
 def _random_params(shapes, seed):
     rng = np.random.default_rng(seed)
     noisy = lambda x: x + rng.normal(size=x.shape, scale=0.2).astype(np.float32)
-    return jax.tree.map(noisy, train.init_params(shapes, seed))
+    return jax.tree.map(noisy, loop.init_params(shapes, seed))
 
 
 def _prompts(num=10):

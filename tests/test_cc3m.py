@@ -1,17 +1,13 @@
 """CC3M from its TSV and a folder of pictures, and the command that prepares datasets."""
 
 import io
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sdprune_jax.commands import prepare_data
 from sdprune_jax.data import captioned, cc3m, sampling
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
-import prepare_data
 
 TSV = "Validation_GCC-1.1.0-Validation.tsv"
 URL = "http://example.com/{}.jpg"

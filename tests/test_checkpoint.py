@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from sdprune_jax import checkpoint, convert, weights
+from sdprune_jax.files import convert, model_directory, weights
 
 SHAPES = {"a.0": {"kernel": jax.ShapeDtypeStruct((4, 6), jnp.float32)}}
 TENSORS = {"a.0.weight": np.arange(24, dtype=np.float32).reshape(6, 4)}
@@ -40,10 +40,10 @@ def _assert_equal(got: dict, want: dict):
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 1000])
 def test_saved_parameters_load_as_they_were(tmp_path: pathlib.Path, dtype, max_shard_bytes):
     params = jax.tree.map(lambda x: x.astype(dtype), _random_params())
-    checkpoint.save_params(
+    model_directory.save_params(
         tmp_path, params, dtype=None, name="model", max_shard_bytes=max_shard_bytes
     )
-    loaded = checkpoint.load_params(tmp_path, _shapes(params))
+    loaded = model_directory.load_params(tmp_path, _shapes(params))
     assert {x.dtype for x in jax.tree.leaves(loaded)} == {np.dtype(dtype)}
     _assert_equal(loaded, params)
     files = {path.name for path in tmp_path.iterdir()}
@@ -62,13 +62,13 @@ def test_each_device_reads_only_its_part(tmp_path: pathlib.Path, monkeypatch: py
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = lambda x: P(*[None] * (x.ndim - 1), "fsdp") if x.ndim > 1 else P()
     shardings = jax.tree.map(lambda x: NamedSharding(mesh, spec(x)), params)
-    checkpoint.save_params(
+    model_directory.save_params(
         tmp_path, jax.device_put(params, shardings), dtype=jnp.float32, name="model"
     )
     sizes = []
     count = weights._num_nonfinite
     monkeypatch.setattr(weights, "_num_nonfinite", lambda x: sizes.append(x.size) or count(x))
-    loaded = checkpoint.load_params(tmp_path, _shapes(params), sharding=shardings)
+    loaded = model_directory.load_params(tmp_path, _shapes(params), sharding=shardings)
     _assert_equal(loaded, params)
     assert loaded["conv.0"]["kernel"].addressable_shards[3].data.shape == (3, 3, 8, 2)
     assert jax.tree.map(lambda x: x.sharding, loaded) == shardings
@@ -78,24 +78,24 @@ def test_each_device_reads_only_its_part(tmp_path: pathlib.Path, monkeypatch: py
 def test_dtypes_are_converted_as_asked(tmp_path: pathlib.Path):
     x = np.random.default_rng(0).normal(size=(6, 4))
     save_file({"a.0.weight": x}, tmp_path / "model.safetensors")
-    (loaded,) = jax.tree.leaves(checkpoint.load_params(tmp_path, SHAPES))
+    (loaded,) = jax.tree.leaves(model_directory.load_params(tmp_path, SHAPES))
     assert loaded.dtype == jnp.float32
     np.testing.assert_array_equal(loaded, x.T.astype(np.float32))
-    (loaded,) = jax.tree.leaves(checkpoint.load_params(tmp_path, SHAPES, dtype=jnp.bfloat16))
+    (loaded,) = jax.tree.leaves(model_directory.load_params(tmp_path, SHAPES, dtype=jnp.bfloat16))
     np.testing.assert_array_equal(loaded, x.T.astype(jnp.bfloat16))
 
 
 def test_float64_must_fit_into_float32(tmp_path: pathlib.Path):
     save_file({"a.0.weight": np.full((6, 4), 1e300)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"a\.0\.weight: 24 values"):
-        checkpoint.load_params(tmp_path, SHAPES)
+        model_directory.load_params(tmp_path, SHAPES)
 
 
 def test_variant_is_read_only_when_named(tmp_path: pathlib.Path):
     save_file(TENSORS, tmp_path / "model.fp16.safetensors")
     with pytest.raises(ValueError, match=r"it holds model\.fp16\.safetensors"):
-        checkpoint.load_params(tmp_path, SHAPES)
-    loaded = checkpoint.load_params(tmp_path, SHAPES, variant="fp16")
+        model_directory.load_params(tmp_path, SHAPES)
+    loaded = model_directory.load_params(tmp_path, SHAPES, variant="fp16")
     np.testing.assert_array_equal(loaded["a.0"]["kernel"], TENSORS["a.0.weight"].T)
 
 
@@ -106,7 +106,7 @@ def test_misfit_lists_every_tensor(tmp_path: pathlib.Path):
     vector = lambda n: jax.ShapeDtypeStruct((n,), jnp.float32)
     shapes = SHAPES | {"b": {"scale": vector(2)}, "c": {"scale": vector(2)}}
     with pytest.raises(ValueError, match="does not hold this model") as error:
-        checkpoint.load_params(tmp_path, shapes)
+        model_directory.load_params(tmp_path, shapes)
     text = str(error.value)
     assert "1 missing:\n  a.0.weight\n" in text
     assert "30 unexpected:\n  new.0.weight\n" in text
@@ -120,18 +120,18 @@ def test_nonfinite_weights_are_refused(tmp_path: pathlib.Path):
     x[0, :2], x[1, 1] = np.nan, np.inf
     save_file({"a.0.weight": x}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"a\.0\.weight: 3 values"):
-        checkpoint.load_params(tmp_path, SHAPES)
-    loaded = checkpoint.load_params(tmp_path, SHAPES, allow_nonfinite=True)
+        model_directory.load_params(tmp_path, SHAPES)
+    loaded = model_directory.load_params(tmp_path, SHAPES, allow_nonfinite=True)
     np.testing.assert_array_equal(loaded["a.0"]["kernel"], x.T)
 
 
 def test_overflow_is_refused_when_loading_and_when_saving(tmp_path: pathlib.Path):
     save_file({"a.0.weight": TENSORS["a.0.weight"] * 3000}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"a\.0\.weight: 2 values"):  # 66,000 and 69,000
-        checkpoint.load_params(tmp_path, SHAPES, dtype=jnp.float16)
-    params = checkpoint.load_params(tmp_path, SHAPES)
+        model_directory.load_params(tmp_path, SHAPES, dtype=jnp.float16)
+    params = model_directory.load_params(tmp_path, SHAPES)
     with pytest.raises(ValueError, match=r"a\.0\.weight: 2 values"):
-        checkpoint.save_params(tmp_path, params, dtype=jnp.float16, name="model")
+        model_directory.save_params(tmp_path, params, dtype=jnp.float16, name="model")
 
 
 def _damage(tmp_path: pathlib.Path, kind: str) -> None:
@@ -196,7 +196,7 @@ def _damage(tmp_path: pathlib.Path, kind: str) -> None:
 def test_damaged_file_is_named_and_explained(tmp_path: pathlib.Path, kind: str, message: str):
     _damage(tmp_path, kind)
     with pytest.raises(ValueError, match=message) as error:
-        checkpoint.load_params(tmp_path, SHAPES)
+        model_directory.load_params(tmp_path, SHAPES)
     assert str(tmp_path) in str(error.value)
 
 
@@ -218,7 +218,7 @@ def test_index_must_tell_the_truth(tmp_path: pathlib.Path, weight_map: dict, mes
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=message):
-        checkpoint.load_params(tmp_path, SHAPES)
+        model_directory.load_params(tmp_path, SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -234,12 +234,12 @@ def test_only_one_set_of_safetensors_is_read(tmp_path: pathlib.Path, names: list
     for name in names:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match=message):
-        checkpoint.load_params(tmp_path, SHAPES)
+        model_directory.load_params(tmp_path, SHAPES)
 
 
 def test_export_is_readable_by_numpy_alone(tmp_path: pathlib.Path):
     params = _random_params()
-    checkpoint.save_params(tmp_path, params, dtype=jnp.float16, name="model")
+    model_directory.save_params(tmp_path, params, dtype=jnp.float16, name="model")
     stored = load_file(tmp_path / "model.safetensors")
     assert stored.keys() == {convert.torch_key(path) for path in convert.flatten(params)}
     want = np.asarray(params["conv.0"]["kernel"]).transpose(3, 2, 0, 1).astype(np.float16)
@@ -250,6 +250,6 @@ def test_a_save_killed_at_its_end_does_not_stop_the_next(tmp_path: pathlib.Path)
     for name in ("model", "model.old", "model.new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "name.txt").write_text(name)
-    checkpoint._replace(tmp_path / "model", tmp_path / "model.new")
+    model_directory._replace(tmp_path / "model", tmp_path / "model.new")
     assert (tmp_path / "model" / "name.txt").read_text() == "model.new"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdprune_jax import checkpoint
 from sdprune_jax.data import captioned, coco, images, sampling, sources, tokenizer
+from sdprune_jax.files import model_directory
 
 NAME = "COCO_val2014_{:012d}.jpg"
 
@@ -129,9 +129,9 @@ def test_nothing_asks_the_network(source, tmp_path, monkeypatch):
     coco.prepare(source, tmp_path / "data", "val2014")
     dataset = coco.load(tmp_path / "data", "val2014")
     assert captioned.image(dataset, 0).shape == (9, 4, 3)
-    tokenizer.load(checkpoint.directory_of("embedded") / "tokenizer")
+    tokenizer.load(model_directory.directory_of("embedded") / "tokenizer")
     with pytest.raises(ValueError, match="stabilityai/stable-diffusion-2"):
-        checkpoint.open_model(checkpoint.directory_of("stabilityai/stable-diffusion-2"))
+        model_directory.open_model(model_directory.directory_of("stabilityai/stable-diffusion-2"))
 
 
 def test_what_cannot_be_used_is_counted_by_reason(tmp_path):
@@ -279,7 +279,7 @@ def test_missing_files_are_named_with_their_origin(tmp_path):
     _write(tmp_path, _contents([["a"]]))
     with pytest.raises(ValueError, match=r"val2014.zip, and none.*cocodataset.org/zips/val2014"):
         coco.prepare(tmp_path, data_dir, "val2014")
-    with pytest.raises(ValueError, match=r"no dataset .*val2014.*tools/prepare_data.py"):
+    with pytest.raises(ValueError, match=r"no dataset .*val2014.*sdprune prepare-data"):
         coco.load(data_dir, "val2014")
     with pytest.raises(ValueError, match=r"one of train2014, .*, got 'test'"):
         coco.load(data_dir, "test")

@@ -1,18 +1,16 @@
-"""tools/compare_runs.py: the table, and which runs it refuses to put into one."""
+"""sdprune compare: the table, and which runs it refuses to put into one."""
 
 import json
-import pathlib
-import sys
 
 import aptp_model
 import jax
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, macs, sites
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
-import compare_runs
+from sdprune_jax import sites
+from sdprune_jax.commands import compare
+from sdprune_jax.files import model_directory
+from sdprune_jax.sites import macs
 
 PROTOCOL = {
     "name": "embedded", "evaluated": 8, "num_steps": 25, "guidance_scale": 3.0, "seed": 0,
@@ -25,15 +23,15 @@ def models(tmp_path_factory):
     """The dense one, and two of other sizes."""
     directory = tmp_path_factory.mktemp("models")
     model = aptp_model.make(directory / "dense")
-    dense = jax.tree.map(np.asarray, checkpoint.load(model, "unet"))
+    dense = jax.tree.map(np.asarray, model_directory.load(model, "unet"))
     for name, units in (("half", 2), ("quarter", 1)):
         keep = {"mid_block.resnets.0": np.arange(4) < units, "up_blocks.0.resnets.1.depth":
                 np.array([units > 1])}  # fmt: skip
         params, unet_config = sites.slice_params(dense, model.unet, keep)
-        cut = checkpoint.Model(
+        cut = model_directory.Model(
             model.text_encoder, unet_config, model.vae, model.schedule, model.directory
         )
-        checkpoint.save(cut, {"unet": params}, directory / name, dtype=np.float32)
+        model_directory.save(cut, {"unet": params}, directory / name, dtype=np.float32)
     return directory
 
 
@@ -65,8 +63,8 @@ def _cells(text):
 
 
 def _cost(directory):
-    model = checkpoint.open_model(directory)
-    sizes = [x.size for x in jax.tree.leaves(checkpoint.param_shapes(model, "unet"))]
+    model = model_directory.open_model(directory)
+    sizes = [x.size for x in jax.tree.leaves(model_directory.param_shapes(model, "unet"))]
     tokens = model.text_encoder.max_position_embeddings
     return sum(macs.of_unet(model.unet, (8, 8), tokens)), sum(sizes)
 
@@ -78,7 +76,7 @@ def test_costs_of_experts_are_the_means_over_their_prompts(models, tmp_path, cap
     one = _run(tmp_path / "one", models, {"experts": experts})
     two = _run(tmp_path / "two", models, {"directory": str(models / "quarter")})
     output = tmp_path / "table.md"
-    compare_runs.main([str(one), str(two), "--repeats=0", "--output", str(output)])
+    compare.main([str(one), str(two), "--repeats=0", "--output", str(output)])
     said = capsys.readouterr().out
     assert output.read_text() == said
     heads, rule, dense, first, second = _cells(said)
@@ -112,13 +110,13 @@ def test_milliseconds_are_the_fastest_of_turns_weighed_by_prompts(models, tmp_pa
 
         return work
 
-    monkeypatch.setattr(compare_runs, "_call", call)
-    monkeypatch.setattr(compare_runs.time, "perf_counter", lambda: clock[0])
-    found = compare_runs.rows([run])
-    milliseconds = compare_runs._milliseconds(found, 2)
+    monkeypatch.setattr(compare, "_call", call)
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: clock[0])
+    found = compare.rows([run])
+    milliseconds = compare._milliseconds(found, 2)
     assert [milliseconds[models / n] for n in taken] == pytest.approx([4, 2, 1])
     assert calls[:6] == ["dense", "half", "quarter"] * 2
-    rows = _cells(compare_runs.table(found, milliseconds))
+    rows = _cells(compare.table(found, milliseconds))
     assert rows[0][6:8] == ["ms a call", "of dense"]
     assert (rows[2][6:8], rows[3][6:8]) == (["4.00", "1.000"], ["1.20", "0.300 [0.250, 0.500]"])
 
@@ -132,17 +130,17 @@ def test_rows_are_compared_image_by_image(models, tmp_path, capsys):
         _run(tmp_path / "far", models, routed, base + rng.uniform(2, 3, 50)),
     ]
     arguments = [*map(str, runs), "--repeats=0"]
-    compare_runs.main([*arguments, "--against=near"])
+    compare.main([*arguments, "--against=near"])
     heads, _, dense, far = _cells(capsys.readouterr().out.split("\n\n")[1])
     assert heads == ["less near", "latent MSE to dense"]
     assert dense == ["dense", ""]
     mean, low, high = (float(x.strip("[,]")) for x in far[1].split())
     assert 2.3 < low < mean < high < 2.7
     with pytest.raises(SystemExit, match="expected one of dense, near, far"):
-        compare_runs.main([*arguments, "--against=nearest"])
+        compare.main([*arguments, "--against=nearest"])
     _run(tmp_path / "old", models, routed)
     with pytest.raises(SystemExit, match=r"no values of each image of old: delete evaluate\.json"):
-        compare_runs.main([str(runs[0]), str(tmp_path / "old"), "--repeats=0", "--against=near"])
+        compare.main([str(runs[0]), str(tmp_path / "old"), "--repeats=0", "--against=near"])
 
 
 def test_runs_that_do_not_compare_are_refused_with_every_reason(models, tmp_path):
@@ -150,7 +148,7 @@ def test_runs_that_do_not_compare_are_refused_with_every_reason(models, tmp_path
     first = _run(tmp_path / "first", models, routed)
     other = _run(tmp_path / "other", models, routed, evaluated=7)
     with pytest.raises(SystemExit, match="do not compare") as error:
-        compare_runs.main([str(first), str(tmp_path / "none"), str(other)])
+        compare.main([str(first), str(tmp_path / "none"), str(other)])
     assert "none has no evaluate.json" in str(error.value)
     assert "evaluated 7" in str(error.value)
 
@@ -160,7 +158,7 @@ def test_runs_of_two_dense_models_and_twins_are_not_compared(models, tmp_path):
     one = _run(tmp_path / "one", models, routed, values)
     two = _run(tmp_path / "two", models, routed, values, dense="9876543210")
     with pytest.raises(ValueError, match="dense model 98765432"):
-        compare_runs.rows([one, two])
+        compare.rows([one, two])
     twin = _run(tmp_path / "other" / "one", models, routed, values)
     with pytest.raises(ValueError, match="no twin"):
-        compare_runs.against(compare_runs.rows([one, twin]), "one")
+        compare.against(compare.rows([one, twin]), "one")

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from sdprune_jax import checks, command_line, config
+from sdprune_jax import config
+from sdprune_jax.config import checks, command_line
 
 CONFIGS = sorted(pathlib.Path(__file__).parents[1].glob("configs/*.py"))
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sdprune_jax import convert
+from sdprune_jax.files import convert
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
-"""tools/convert_metric_weights.py: published shapes, values against PyTorch, refused files."""
+"""sdprune convert-metric-weights: published shapes, values against PyTorch, refused files."""
 
 import hashlib
 import json
 import math
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -13,11 +12,9 @@ import tiny_clip
 import transformers
 from safetensors.numpy import save_file
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
-import clip_files
-import convert_metric_weights as tool
-
-from sdprune_jax import convert, weights
+from sdprune_jax.commands import clip_files
+from sdprune_jax.commands import convert_metric_weights as tool
+from sdprune_jax.files import convert, weights
 from sdprune_jax.models import clip, inception
 
 torch = tiny_clip.torch

@@ -3,7 +3,6 @@
 import importlib
 import json
 import pathlib
-import sys
 
 import jax
 import ml_dtypes
@@ -14,20 +13,16 @@ import tiny_pipeline
 from flax import serialization
 from safetensors.numpy import load_file, save_file
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
-import convert as tool  # the script, not sdprune_jax.convert
-import flax_files
-import infer_configs
-import single_file
-
-from sdprune_jax import checkpoint, convert, diffusion, tensors
-from sdprune_jax.checkpoint import COMPONENTS
-from sdprune_jax.models import clip, unet, vae
+from sdprune_jax.commands import convert as tool
+from sdprune_jax.commands import flax_files, infer_configs, single_file
+from sdprune_jax.files import convert, model_directory, tensors
+from sdprune_jax.files.model_directory import COMPONENTS
+from sdprune_jax.models import clip, noise_schedule, unet, vae
 
 torch = tiny_pipeline.torch
 single_file_utils = importlib.import_module("diffusers.loaders.single_file_utils")  # needs torch
-FULL = checkpoint.Model(
-    clip.TextConfig(), unet.UNetConfig(), vae.VAEConfig(), diffusion.Schedule(), pathlib.Path()
+FULL = model_directory.Model(
+    clip.TextConfig(), unet.UNetConfig(), vae.VAEConfig(), noise_schedule.Schedule(), pathlib.Path()
 )
 FILES = {
     "text_encoder": "text_encoder/model.safetensors",
@@ -53,7 +48,7 @@ def _stored(full_places: dict) -> dict[str, tensors.StoredTensor]:
     """The tensors of a full-size single file, without contents."""
     stored = {}
     for component, places in full_places.items():
-        shapes = convert.flatten(checkpoint.param_shapes(FULL, component))
+        shapes = convert.flatten(model_directory.param_shapes(FULL, component))
         for path, place in places.items():
             axes = convert.torch_axes(path, len(shapes[path].shape))
             rows, *rest = (shapes[path].shape[axis] for axis in axes)
@@ -97,13 +92,13 @@ def test_text_encoder_is_what_diffusers_converts(source, tmp_path):
 def test_full_size_configs_are_inferred_from_shapes(full_places, tmp_path):
     stored = _stored(full_places)
     infer_configs.write_configs(stored, "epsilon", tmp_path)
-    model = checkpoint.open_model(tmp_path)
+    model = model_directory.open_model(tmp_path)
     assert model.unet == FULL.unet
     assert model.vae == FULL.vae
     assert model.text_encoder == FULL.text_encoder
     whole = {name.replace("blocks.22.", "blocks.23."): x for name, x in stored.items()}
     infer_configs.write_configs(stored | whole, "v_prediction", tmp_path)
-    model = checkpoint.open_model(tmp_path)
+    model = model_directory.open_model(tmp_path)
     assert model.text_encoder.num_hidden_layers == 23
     assert (model.unet.sample_size, model.unet.upcast_attention) == (96, True)
     assert model.schedule.prediction_type == "v_prediction"

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import diffusion
-from sdprune_jax.diffusion import Schedule
+from sdprune_jax.models import noise_schedule
+from sdprune_jax.models.noise_schedule import Schedule
 
 # stabilityai/stable-diffusion-2-1-base, and what differs in stable-diffusion-2-1
 SD21_BASE = {
@@ -26,7 +26,7 @@ SD21 = SD21_BASE | {"_class_name": "DDIMScheduler", "prediction_type": "v_predic
 
 
 def test_alphas_cumprod_of_sd2():
-    alphas = diffusion.alphas_cumprod(Schedule.from_json(SD21_BASE))
+    alphas = noise_schedule.alphas_cumprod(Schedule.from_json(SD21_BASE))
     assert alphas.shape == (1000,)
     want = [0.99914998, 0.99829602, 0.27633247, 0.00466010]  # diffusers, in float32
     np.testing.assert_allclose(alphas[[0, 1, 500, 999]], want, rtol=1e-6)
@@ -41,14 +41,14 @@ def test_alphas_cumprod_match_diffusers(beta_schedule, zero_snr):
 
     values = SD21 | {"beta_schedule": beta_schedule, "rescale_betas_zero_snr": zero_snr}
     want = diffusers.DDIMScheduler.from_config(values).alphas_cumprod.numpy()
-    got = diffusion.alphas_cumprod(Schedule.from_json(values))
+    got = noise_schedule.alphas_cumprod(Schedule.from_json(values))
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-7)
 
 
 def test_zero_snr_keeps_the_first_timestep_and_empties_the_last():
     schedule = Schedule.from_json(SD21)
     rescaled = dataclasses.replace(schedule, rescale_betas_zero_snr=True)
-    before, after = diffusion.alphas_cumprod(schedule), diffusion.alphas_cumprod(rescaled)
+    before, after = noise_schedule.alphas_cumprod(schedule), noise_schedule.alphas_cumprod(rescaled)
     assert after[-1] == 0
     assert (np.diff(after) < 0).all()
     np.testing.assert_allclose(after[0], before[0], rtol=1e-12)
@@ -143,8 +143,8 @@ def test_every_variant_of_dpm_solver_but_2m_is_refused():
 
 def test_schedules_of_other_samplers_lend_their_betas():
     euler = Schedule.from_json(SD21 | {"_class_name": "EulerDiscreteScheduler"})
-    want = diffusion.alphas_cumprod(Schedule.from_json(SD21))
-    np.testing.assert_array_equal(diffusion.alphas_cumprod(euler), want)
+    want = noise_schedule.alphas_cumprod(Schedule.from_json(SD21))
+    np.testing.assert_array_equal(noise_schedule.alphas_cumprod(euler), want)
 
 
 def _images(*values):
@@ -153,26 +153,28 @@ def _images(*values):
 
 def test_noise_and_velocity_by_hand():
     x0, noise, alpha = _images(1, 3), _images(2, -1), jnp.array([0.64, 1.0])
-    noisy = diffusion.add_noise(x0, noise, alpha)
+    noisy = noise_schedule.add_noise(x0, noise, alpha)
     np.testing.assert_allclose(noisy, _images(0.8 * 1 + 0.6 * 2, 3), rtol=1e-6)
-    velocity = diffusion.training_target(x0, noise, alpha, "v_prediction")
+    velocity = noise_schedule.training_target(x0, noise, alpha, "v_prediction")
     np.testing.assert_allclose(velocity, _images(0.8 * 2 - 0.6 * 1, -1), rtol=1e-6)
-    np.testing.assert_array_equal(diffusion.training_target(x0, noise, alpha, "epsilon"), noise)
+    np.testing.assert_array_equal(
+        noise_schedule.training_target(x0, noise, alpha, "epsilon"), noise
+    )
 
 
 def test_min_snr_weights_by_hand():
     snr = jnp.array([0.0, 2.0, 5.0, 20.0])
-    got = diffusion.min_snr_weight(snr, 5.0, "epsilon")
+    got = noise_schedule.min_snr_weight(snr, 5.0, "epsilon")
     np.testing.assert_allclose(got, [1, 1, 1, 0.25], rtol=1e-6)
-    got = diffusion.min_snr_weight(snr, 5.0, "v_prediction")
+    got = noise_schedule.min_snr_weight(snr, 5.0, "v_prediction")
     np.testing.assert_allclose(got, [0, 2 / 3, 5 / 6, 5 / 21], rtol=1e-6)
 
 
 def test_min_snr_weights_of_aptp():
-    alphas = diffusion.alphas_cumprod(Schedule())[[0, 100, 250, 500, 999]]
+    alphas = noise_schedule.alphas_cumprod(Schedule())[[0, 100, 250, 500, 999]]
     snr = jnp.asarray(alphas / (1 - alphas), jnp.float32)
     np.testing.assert_allclose(
         snr, [1175.470588, 8.453894, 2.065535, 0.381850, 0.004682], rtol=1e-4
     )
-    got = diffusion.min_snr_weight(snr + 1, 5.0, "epsilon")
+    got = noise_schedule.min_snr_weight(snr + 1, 5.0, "epsilon")
     np.testing.assert_allclose(got, [0.00425, 0.52888261, 1, 1, 1], rtol=1e-6)

@@ -7,7 +7,8 @@ import aptp_model
 import jax
 import pytest
 
-from sdprune_jax import checks, command_line, main, sharding
+from sdprune_jax import main, sharding
+from sdprune_jax.config import checks, command_line
 from sdprune_jax.evaluate import task
 from sdprune_jax.evaluate.protocols import PROTOCOLS
 

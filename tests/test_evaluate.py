@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdprune_jax import checkpoint, config, pipeline, sharding
+from sdprune_jax import config, pipeline, sharding
 from sdprune_jax.data import tokenizer
-from sdprune_jax.evaluate import images, needs, networks, run, scores, task
+from sdprune_jax.evaluate import images, needs, networks, scores, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Metric
+from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import clip_score, embedded
 from sdprune_jax.models import inception
+from sdprune_jax.stages import evaluate
 
 _SETTINGS = {
     "size": (16, 16), "seed": 3, "guidance_scale": 2.0, "negative_prompt": "", "batch_size": 2,
@@ -29,7 +31,7 @@ def _fake_sample(params, ids, negative, noise, scale):
 
 
 def _render(directory, shift, sample=_fake_sample):
-    model = checkpoint.open_model(checkpoint.directory_of("embedded"))
+    model = model_directory.open_model(model_directory.directory_of("embedded"))
     prompts = ["a", "red", "apple", "on", "it"]
     images.complete(directory, model, {"shift": shift}, sample, prompts, **_SETTINGS)
     return images.pictures(directory, range(5)), images.latents(directory, range(5))
@@ -87,25 +89,28 @@ def test_files_of_the_sd2_pruning_paper_are_jpegs_of_299_pixels():
     small = Image.fromarray(image).resize((299, 299), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     small.save(file, "jpeg")  # Pillow's own quality, which the authors used
-    got = run._real(lambda _: image, protocol, 0)
+    got = evaluate._real(lambda _: image, protocol, 0)
     np.testing.assert_array_equal(got, np.asarray(Image.open(file)))
 
 
 def test_what_a_protocol_lacks_is_said_before_any_work(tmp_path):
     section = config.Evaluate(protocol="aptp-coco", networks=str(tmp_path), batch_size=8)
     asked = config.Run(workdir=str(tmp_path / "run"), evaluate=section)
-    with pytest.raises(ValueError, match=r"needs the network .* tools/convert_metric_weights\.py"):
-        run.run(asked, sharding.make_mesh())
+    with pytest.raises(
+        ValueError,
+        match=r"needs the network .* sdprune convert-metric-weights",
+    ):
+        evaluate.run(asked, sharding.make_mesh())
     with pytest.raises(ValueError, match=r"set config\.evaluate\.data"):
         task.load("coco-val2014", "", 10, False)
     asked.evaluate = config.Evaluate(protocol="bksdm", references=str(tmp_path / "no.npz"))
     with pytest.raises(
         ValueError, match=r"not possible:(?s:.*)references is .*no\.npz, which is no"
     ):
-        run.run(asked, sharding.make_mesh())
+        evaluate.run(asked, sharding.make_mesh())
     asked.evaluate = config.Evaluate(num_images=1, batch_size=8)
     with pytest.raises(ValueError, match="one image has no distribution"):
-        run.run(asked, sharding.make_mesh())
+        evaluate.run(asked, sharding.make_mesh())
     assert not (tmp_path / "run").exists()
 
 
@@ -133,7 +138,7 @@ def test_statistics_replace_pictures_for_fid_alone():
 
 def test_other_prompts_variants_and_statistics_are_other_evaluations(tmp_path):
     asked, protocol = config.Run(), PROTOCOLS["embedded"]
-    key = lambda task_: run._key(asked, protocol, ["model"], task_, (64, 64))
+    key = lambda task_: evaluate._key(asked, protocol, ["model"], task_, (64, 64))
     before = key(_TASK)
     assert key(_TASK._replace(prompts=_TASK.prompts[:7])) == before  # more may come
     assert key(_TASK._replace(state="other")) != before
@@ -205,7 +210,7 @@ def test_distances_to_the_dense_model_are_image_by_image(tmp_path):
 def test_clip_score_is_that_of_transformers(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    dense = checkpoint.open_model(checkpoint.directory_of("embedded"))
+    dense = model_directory.open_model(model_directory.directory_of("embedded"))
     words = tokenizer.load(dense.directory / "tokenizer")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     text = {"vocab_size": len(words), "eos_token_id": words.eos_token_id}
@@ -222,7 +227,7 @@ def test_clip_score_is_that_of_transformers(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 40, 3)).astype(np.uint8)
     prompts = ["a flat emoji of red apple", "cat", "a blue house, with a long red roof"]
 
-    resized = np.stack([run._resized(image, "clip", 32) for image in pixels])
+    resized = np.stack([evaluate._resized(image, "clip", 32) for image in pixels])
     embedded_images = np.asarray(network.embed(network.params, jnp.asarray(resized)))
     got = clip_score.cosines(embedded_images, network.embed_texts(prompts))
 

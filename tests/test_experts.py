@@ -12,9 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, config
-from sdprune_jax.aptp import balance, data, experts, layout, pictures, train_router
+from sdprune_jax import config
+from sdprune_jax.aptp import assignment, balance, layout, router_training
+from sdprune_jax.data import pictures
+from sdprune_jax.files import model_directory
 from sdprune_jax.models import unet
+from sdprune_jax.stages import assign, materialise
+from sdprune_jax.training import encoded
 
 LAYOUT = aptp_model.LAYOUT
 MESH = aptp_model.MESH
@@ -31,8 +35,8 @@ def work(model, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("work")
     aptp_model.write_router(workdir, model)
     run = _run(model, workdir)
-    experts.assign(run, MESH)
-    experts.materialise(run, MESH)
+    assign.run(run, MESH)
+    materialise.run(run, MESH)
     return workdir
 
 
@@ -52,11 +56,11 @@ def _similarity(rows, seed=0):
 
 def test_offsets_of_some_prompts_balance_others():
     unseen = _similarity(2000, seed=1)
-    before = balance.figures(experts.nearest(unseen, np.zeros(4, np.float32)), np.ones(4), 1.0)
+    before = balance.figures(assignment.nearest(unseen, np.zeros(4, np.float32)), np.ones(4), 1.0)
     assert before["largest_share"] > 0.9
     assert before["dead"] == [3]
     after = balance.figures(
-        experts.nearest(unseen, balance.offsets(_similarity(2000))), np.ones(4), 1.0
+        assignment.nearest(unseen, balance.offsets(_similarity(2000))), np.ones(4), 1.0
     )
     assert after["dead"] == []
     assert after["smallest_share"] > 0.22
@@ -72,7 +76,7 @@ def test_similarity_that_is_not_finite_is_refused():
 
 def test_codes_that_are_alike_are_reported_as_dead():
     same = np.ones((12, 3), np.float32)
-    found = balance.figures(experts.nearest(same, balance.offsets(same)), np.ones(3), 1.0)
+    found = balance.figures(assignment.nearest(same, balance.offsets(same)), np.ones(3), 1.0)
     assert found["dead"] == [1, 2]
     assert found["prompts"] == [12, 0, 0]
 
@@ -103,23 +107,23 @@ def test_information_is_the_entropy_of_equal_labels_and_none_of_independent_ones
 
 
 def test_assignment_depends_on_the_prompt_alone(model, work):
-    params, section, _ = train_router.load(work, model, MESH)
+    params, section, _ = router_training.load(work, model, MESH)
     code_gates = jnp.asarray(np.load(work / "assign" / "code_gates.npy"))
     pairs = pictures.load(section.data, "train")
     texts = pictures.prompts(section.data, pairs, "train", 0).texts
-    embedding = data.embeddings(section.data, model, texts, MESH, None)
+    embedding = encoded.embeddings(section.data, model, texts, MESH, None)
     order = np.random.default_rng(0).permutation(len(texts))[:29]
     offsets = np.load(work / "assign" / "offsets.npy")
     stored = np.load(work / "assign" / "experts_train.npy")
     for noise, is_same in (("none", True), ("published", False)):
-        found = experts.similarities(params, embedding, LAYOUT, code_gates, noise)
-        moved = experts.similarities(params, embedding[order], LAYOUT, code_gates, noise)
+        found = assignment.similarities(params, embedding, LAYOUT, code_gates, noise)
+        moved = assignment.similarities(params, embedding[order], LAYOUT, code_gates, noise)
         assert (np.abs(moved - found[order]).max() < 1e-5) == is_same
         if is_same:
-            np.testing.assert_array_equal(experts.nearest(found, offsets), stored)
-            np.testing.assert_array_equal(experts.nearest(moved, offsets), stored[order])
+            np.testing.assert_array_equal(assignment.nearest(found, offsets), stored)
+            np.testing.assert_array_equal(assignment.nearest(moved, offsets), stored[order])
     new = [texts[i] for i in order]
-    np.testing.assert_array_equal(experts.of_prompts(work, model, new, MESH), stored[order])
+    np.testing.assert_array_equal(assignment.of_prompts(work, model, new, MESH), stored[order])
     assert len(set(stored)) == 3
 
 
@@ -146,7 +150,7 @@ def test_assignment_reports_balance_and_budget(work):
 def test_published_assignment_is_neither_balanced_nor_fitted(model, work, tmp_path):
     aptp_model.write_router(tmp_path, model)
     run = _run(model, tmp_path, balance="none", fit_budget="none", final_codes="draw")
-    experts.assign(run, MESH)
+    assign.run(run, MESH)
     record = json.loads((tmp_path / "assign" / "assign.json").read_text())
     assert record["logit_shift"] == [0]
     assert record["macs_of_codes"] == record["macs_of_experts"]
@@ -157,7 +161,7 @@ def test_published_assignment_is_neither_balanced_nor_fitted(model, work, tmp_pa
 
 def test_every_expert_keeps_the_budget_or_their_average_if_asked(model, work, tmp_path):
     aptp_model.write_router(tmp_path, model)
-    experts.assign(_run(model, tmp_path, fit_budget="average"), MESH)
+    assign.run(_run(model, tmp_path, fit_budget="average"), MESH)
     record, average = (
         json.loads((path / "assign" / "assign.json").read_text()) for path in (work, tmp_path)
     )
@@ -184,18 +188,18 @@ def _forward(unet_config, params, gates=None):
 
 def test_expert_computes_what_the_gated_unet_computes(model, work):
     keep = np.load(work / "assign" / "architectures.npy")
-    dense = checkpoint.load(model, "unet")
+    dense = model_directory.load(model, "unet")
     record = json.loads((work / "experts" / "experts.json").read_text())
     assigned = json.loads((work / "assign" / "assign.json").read_text())
     to_gates = lambda vector: layout.to_gates(jnp.asarray(vector, jnp.float32), LAYOUT)
     gated = _forward(model.unet, dense, to_gates(np.stack([keep[1]] * 2)))
     for name, gates in (("01", None), ("01_dense", to_gates(np.ones((2, LAYOUT.size))))):
-        expert = checkpoint.open_model(work / "experts" / name)
-        found = _forward(expert.unet, checkpoint.load(expert, "unet"), gates)
+        expert = model_directory.open_model(work / "experts" / name)
+        found = _forward(expert.unet, model_directory.load(expert, "unet"), gates)
         np.testing.assert_allclose(found, gated, rtol=0, atol=1e-5 * np.abs(gated).max())
     for row, share in zip(record["experts"], assigned["macs_of_experts"], strict=True):
-        expert = checkpoint.open_model(work / "experts" / row["directory"])
-        sizes = jax.tree.map(lambda x: x.size, checkpoint.param_shapes(expert, "unet"))
+        expert = model_directory.open_model(work / "experts" / row["directory"])
+        sizes = jax.tree.map(lambda x: x.size, model_directory.param_shapes(expert, "unet"))
         assert row["parameters"] == sum(jax.tree.leaves(sizes))
         assert row["parameters"] < record["dense"]["parameters"]
         assert row["share_of_macs"] == pytest.approx(share, rel=1e-6)
@@ -205,7 +209,7 @@ def test_expert_computes_what_the_gated_unet_computes(model, work):
 
 
 def test_every_prompt_is_that_of_one_expert(model, work):
-    section = train_router.load(work, model, MESH)[1].data
+    section = router_training.load(work, model, MESH)[1].data
     for split in ("train", "val", "test"):
         pairs = pictures.load(section, split)
         texts = pictures.prompts(section, pairs, split, 0).texts
@@ -221,14 +225,14 @@ def test_finished_stages_are_kept_until_their_inputs_change(model, work):
     files = [work / "assign" / "assign.json", work / "experts" / "experts.json"]
     before = [path.stat().st_mtime_ns for path in files]
     run = _run(model, work)
-    assert experts.assign(run, MESH) == work / "assign"
-    assert experts.materialise(run, MESH) == work / "experts"
+    assert assign.run(run, MESH) == work / "assign"
+    assert materialise.run(run, MESH) == work / "experts"
     assert [path.stat().st_mtime_ns for path in files] == before
     changed = dataclasses.replace(run, materialise=config.Materialise(save_dtype="float16"))
-    experts.materialise(changed, MESH)
+    materialise.run(changed, MESH)
     assert files[1].stat().st_mtime_ns != before[1]
     assert not (work / "experts" / "01_dense").exists()
-    experts.materialise(run, MESH)  # for the other tests
+    materialise.run(run, MESH)  # for the other tests
     assert not list(work.glob("*.tmp"))
 
 
@@ -238,16 +242,16 @@ def test_an_assignment_by_another_router_is_not_cut(model, work, tmp_path):
     path = tmp_path / "router" / "router.json"
     path.write_text(path.read_text().replace("by hand", "anew"))
     with pytest.raises(ValueError, match=r"not of the router beside it: .*assign=build"):
-        experts.materialise(_run(model, tmp_path), MESH)
+        materialise.run(_run(model, tmp_path), MESH)
     assert not (tmp_path / "experts").exists()
 
 
 def test_a_router_of_other_files_is_told(model, work, caplog):
-    train_router.load(work, model, MESH)
+    router_training.load(work, model, MESH)
     path = work / "router" / "router.json"
     before = path.read_text()
     path.write_text(before.replace('"made_from"', '"model_state": "other", "made_from"', 1))
-    train_router.load(work, model, MESH)
+    router_training.load(work, model, MESH)
     path.write_text(before)
     told = [text for text in caplog.messages if "trained with other files" in text]
     assert len(told) == 1
@@ -256,7 +260,7 @@ def test_a_router_of_other_files_is_told(model, work, caplog):
 def test_stage_whose_input_is_missing_says_which_to_run(model, tmp_path):
     run = _run(model, tmp_path)
     with pytest.raises(ValueError, match=r"no finished router: .*--config\.router=build"):
-        experts.assign(run, MESH)
+        assign.run(run, MESH)
     with pytest.raises(ValueError, match=r"no assignment of prompts: .*--config\.assign=build"):
-        experts.materialise(run, MESH)
+        materialise.run(run, MESH)
     assert list(pathlib.Path(tmp_path).iterdir()) == []

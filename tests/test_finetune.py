@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from sdprune_jax import checkpoint, config
-from sdprune_jax.aptp import data, distillation, experts, finetune
+from sdprune_jax import config
+from sdprune_jax.files import model_directory
 from sdprune_jax.models import unet
+from sdprune_jax.stages import assign, finetune, materialise
+from sdprune_jax.training import distillation, encoded
 
 MESH = aptp_model.MESH
 TRAINING = config.Training(
@@ -35,17 +37,17 @@ def _work(model, workdir, prompts_of=(0, 2)):
         materialise=config.Materialise(),
         finetune=config.Finetune(denoising=0.0, training=TRAINING),
     )  # fmt: skip
-    experts.assign(run, MESH)
+    assign.run(run, MESH)
     for split, count in (("train", 48), ("val", 24)):
         found = np.resize(np.array(prompts_of, np.int32), count)
         np.save(workdir / "assign" / f"experts_{split}.npy", found)
-    experts.materialise(run, MESH)
+    materialise.run(run, MESH)
     return run
 
 
 def test_experts_learn_and_those_without_prompts_are_skipped(model, tmp_path, monkeypatch):
     run, batches = _work(model, tmp_path, prompts_of=(2,)), []
-    batch = data.Examples.batch
+    batch = encoded.Examples.batch
 
     def fails_once(self, rows, seed):
         batches.append((len(self.states), rows, tuple(seed)))
@@ -53,7 +55,7 @@ def test_experts_learn_and_those_without_prompts_are_skipped(model, tmp_path, mo
             raise KeyboardInterrupt
         return batch(self, rows, seed)
 
-    monkeypatch.setattr(data.Examples, "batch", fails_once)
+    monkeypatch.setattr(encoded.Examples, "batch", fails_once)
     with pytest.raises(KeyboardInterrupt):
         finetune.run(run, MESH)
     assert not (tmp_path / "finetuned").exists()
@@ -70,10 +72,12 @@ def test_experts_learn_and_those_without_prompts_are_skipped(model, tmp_path, mo
     assert row["directory"] == "02"
     assert row["prompts"] == {"train": 48, "val": 24}
     assert row["after"]["val_output"] < row["before"]["val_output"]
-    before, after = (checkpoint.open_model(tmp_path / d / "02") for d in ("experts", "finetuned"))
+    before, after = (
+        model_directory.open_model(tmp_path / d / "02") for d in ("experts", "finetuned")
+    )
     assert before.unet == after.unet
     assert before.unet.kept_units
-    old, new = (jax.tree.leaves(checkpoint.load(m, "unet")) for m in (before, after))
+    old, new = (jax.tree.leaves(model_directory.load(m, "unet")) for m in (before, after))
     change = max(float(jnp.abs(a - b).max()) for a, b in zip(old, new, strict=True))
     assert 1e-5 < change < 4 * 2e-4 + 1e-4  # by Adam's steps; it is not started anew
     prompts = [(tmp_path / d / "02" / "prompts.json").read_text() for d in ("experts", "finetuned")]

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from sdprune_jax import sites
-from sdprune_jax.aptp import layout, zero_padding
+from sdprune_jax.aptp import layout
 from sdprune_jax.models import layers, unet
+from sdprune_jax.sites import zero_padding
 
 CONFIG = unet.UNetConfig(
     block_out_channels=(16, 32),

@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, checks, config, convert, diffusion, pipeline, sharding
-from sdprune_jax.models import unet
-from sdprune_jax.pruning import gradients, methods, request, run, scores
+from sdprune_jax import config, pipeline, sharding
+from sdprune_jax.config import checks
+from sdprune_jax.files import convert, model_directory
+from sdprune_jax.models import noise_schedule, unet
+from sdprune_jax.pruning import methods, request, scores
+from sdprune_jax.scoring import gradients
+from sdprune_jax.stages import prune
 
 MESH = sharding.make_mesh()
 ONE = jax.sharding.Mesh(MESH.devices[:1, :1], MESH.axis_names)  # for one device, XLA is quick
@@ -26,7 +30,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(model):
-    return jax.tree.map(np.asarray, checkpoint.load(model, "unet", dtype=np.float32))
+    return jax.tree.map(np.asarray, model_directory.load(model, "unet", dtype=np.float32))
 
 
 def _pictures():
@@ -43,7 +47,7 @@ def found(model, params):
 def test_losses_are_of_all_pictures_under_the_same_noise(model, params, found):
     x0, text = (jnp.asarray(x) for x in _pictures())
     noise = pipeline.image_noise(jax.random.key(7), jnp.arange(9), (8, 8, 4))
-    alphas = diffusion.alphas_cumprod(model.schedule)
+    alphas = noise_schedule.alphas_cumprod(model.schedule)
     apply, losses = jax.jit(unet.UNet(model.unet).apply), []
     for timestep in (0, 250, 500, 750):
         alpha = np.float32(alphas[timestep])
@@ -101,11 +105,11 @@ def test_stage_prune_removes_what_changes_the_loss_least(model, params, tmp_path
     part = config.PruneComponent(sparsity=0.4, method="taylor", scope="linear+conv")
     section = config.Prune(unet=part)
     section.calibration.gradients = SECTION
-    output = run.run(
+    output = prune.run(
         config.Run(workdir=str(tmp_path), model=str(model.directory), prune=section, seed=3), MESH
     )
     assert asked == [(SECTION, 3, None)]
-    pruned = convert.flatten(checkpoint.load(checkpoint.open_model(output), "unet"))
+    pruned = convert.flatten(model_directory.load(model_directory.open_model(output), "unet"))
     dense, slopes = convert.flatten(params), convert.flatten(grads)
     record = json.loads((tmp_path / "prune.json").read_text())["components"]["unet"]
     assert record["method"] == "taylor"

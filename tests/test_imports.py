@@ -10,18 +10,17 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (
-    "config diffusion models",
-    "bitmask checks convert initial samplers sharding signals tensors",
-    "model_files sites weights",
-    "checkpoint data macs train_checkpoints train_log train_settings",
-    "metrics pipeline train",
-    "aptp pretrain",
-    "pruning",
-    "evaluate generate",
+    "config models sharding",
+    "files",
+    "data sites",
+    "pipeline",
+    "training",
+    "metrics scoring",
+    "aptp pretrain pruning slicing",
+    "evaluate report",
     "sweep",
-    "plan report",
-    "command_line",
-    "main",
+    "stages",
+    "commands main",
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer.split()}
 FILES = {p: p.relative_to(ROOT / "sdprune_jax") for p in (ROOT / "sdprune_jax").rglob("*.py")}

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdprune_jax import convert
+from sdprune_jax.files import convert
 from sdprune_jax.models import inception
 
 torch = pytest.importorskip("torch")

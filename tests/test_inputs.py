@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from sdprune_jax import convert, sites
+from sdprune_jax import sites
+from sdprune_jax.files import convert
 from sdprune_jax.models import clip, unet
-from sdprune_jax.pruning import inputs, trajectory
+from sdprune_jax.scoring import inputs, trajectory
 
 UNET = unet.UNetConfig(
     sample_size=4,

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from absl import flags
 
-from sdprune_jax import command_line
+from sdprune_jax.config import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "tools" / "launch").iterdir())

@@ -1,9 +1,7 @@
-"""tools/load_pruned_torch.py against our own UNet, of which other tests say that it can be cut."""
+"""sdprune torch against our own UNet, of which other tests say that it can be cut."""
 
 import functools
 import json
-import pathlib
-import sys
 
 import aptp_model
 import jax
@@ -11,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, sites
+from sdprune_jax import sites
 from sdprune_jax.aptp import layout
+from sdprune_jax.files import model_directory
 from sdprune_jax.models import unet
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
 torch = pytest.importorskip("torch")
 load_pruned_torch = pytest.importorskip("load_pruned_torch")  # no diffusers, no test
 
@@ -29,12 +27,12 @@ def model(tmp_path_factory):
 
 def _cut(model, directory, architecture):
     """Writes what is left as an expert is written."""
-    dense = jax.tree.map(np.asarray, checkpoint.load(model, "unet"))
+    dense = jax.tree.map(np.asarray, model_directory.load(model, "unet"))
     params, config = sites.slice_params(dense, model.unet, architecture)
-    sliced = checkpoint.Model(
+    sliced = model_directory.Model(
         model.text_encoder, config, model.vae, model.schedule, model.directory
     )  # fmt: skip
-    checkpoint.save(sliced, {"unet": params}, directory, dtype=np.float32)
+    model_directory.save(sliced, {"unet": params}, directory, dtype=np.float32)
     return directory
 
 
@@ -48,7 +46,7 @@ def _assert_same(model, directory, gates):
     rng = np.random.default_rng(3)
     x = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
     timestep, text = np.array([10, 700]), rng.normal(size=(2, 5, 12)).astype(np.float32)
-    params = checkpoint.load(model, "unet")
+    params = model_directory.load(model, "unet")
     want = np.asarray(_compiled()({"params": params}, x, timestep, text, gates))
     module = load_pruned_torch.load_unet(directory)
     with torch.no_grad():
@@ -82,7 +80,7 @@ def test_expert_computes_in_torch_what_it_does_here(model, tmp_path, seed):
     gates = layout.to_gates(jnp.asarray(np.stack([keep] * 2), jnp.float32), LAYOUT)
     module = _assert_same(model, directory, gates)
     count = sum(x.numel() for x in module.parameters())
-    shapes = checkpoint.param_shapes(checkpoint.open_model(directory), "unet")
+    shapes = model_directory.param_shapes(model_directory.open_model(directory), "unet")
     assert count == sum(x.size for x in jax.tree.leaves(shapes))
     assert any(isinstance(m, load_pruned_torch.Removed) for m in module.modules()) == (
         not keep[list(DEPTH.values())].all()
@@ -99,8 +97,8 @@ def test_blocks_of_any_place_can_be_missing(model, tmp_path):
 
 
 def test_dense_model_is_loaded_too_from_several_files(model, tmp_path):
-    params = jax.tree.map(np.asarray, checkpoint.load(model, "unet"))
-    checkpoint.save(
+    params = jax.tree.map(np.asarray, model_directory.load(model, "unet"))
+    model_directory.save(
         model, {"unet": params}, tmp_path / "m", dtype=np.float32, max_shard_bytes=2**17
     )
     assert len(list((tmp_path / "m" / "unet").glob("*.safetensors"))) > 1
@@ -139,7 +137,7 @@ def test_command_says_what_is_left_and_draws(model, tmp_path, capsys):
         [str(directory), "--prompt", "a red apple", "--output", str(picture), "--num-steps", "2"]
     )
     said = capsys.readouterr().out
-    shapes = checkpoint.param_shapes(checkpoint.open_model(directory), "unet")
+    shapes = model_directory.param_shapes(model_directory.open_model(directory), "unet")
     assert f"{sum(x.size for x in jax.tree.leaves(shapes)):,} parameters" in said
     assert "random input gives 1 x 4 x 8 x 8, finite" in said
     assert picture.stat().st_size > 100

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from aptp_toy import PROMPTS, TOY
 
-from sdprune_jax import diffusion, macs, sites
+from sdprune_jax import sites
 from sdprune_jax.aptp import layout, losses, router
-from sdprune_jax.models import unet
+from sdprune_jax.models import noise_schedule, unet
+from sdprune_jax.sites import macs
+from sdprune_jax.training import distillation
 
 SD2 = layout.layout_of(sites.table(unet.UNetConfig()))
 KEPT = [0.5, 0.55, 0.7, 0.6]
@@ -130,11 +132,12 @@ def test_contrastive_loss_of_certain_pairs_has_a_finite_gradient():
 @pytest.mark.usefixtures("double")
 def test_denoising_weights_are_those_of_the_published_code():
     steps = np.array([0, 100, 250, 500, 999])
-    alpha = jnp.asarray(diffusion.alphas_cumprod(diffusion.Schedule())[steps])
+    alpha = jnp.asarray(noise_schedule.alphas_cumprod(noise_schedule.Schedule())[steps])
     _close(alpha, [0.99915, 0.89422348, 0.67379263, 0.27633268, 0.0046601])
     target = jnp.zeros((1, 2, 2, 1))
     published = [
-        losses.denoising(target + 2, target, alpha[i : i + 1], "v_prediction") / 4 for i in range(5)
+        distillation.denoising(target + 2, target, alpha[i : i + 1], "v_prediction") / 4
+        for i in range(5)
     ]
     _close(published, [0.00425, 0.52888261, 1, 1, 1])
     snr = alpha / (1 - alpha)
@@ -143,25 +146,25 @@ def test_denoising_weights_are_those_of_the_published_code():
         ("epsilon", "published", jnp.minimum(snr, 5) / snr),
     ):
         batch = jnp.broadcast_to(target, (5, 2, 2, 1))
-        found = losses.denoising(batch + 2, batch, alpha, kind, snr_weight=name)
+        found = distillation.denoising(batch + 2, batch, alpha, kind, snr_weight=name)
         _close(found, 4 * weight.mean())
-    assert losses.denoising(batch + 2, batch, alpha, "epsilon", gamma=None) == 4
+    assert distillation.denoising(batch + 2, batch, alpha, "epsilon", gamma=None) == 4
 
 
 def test_distillation_is_the_mean_of_the_blocks_and_spares_the_teacher():
     student, teacher = [jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 2, 5))], [jnp.zeros((2, 4, 4, 3))]
     teacher.append(3 * jnp.ones((2, 2, 2, 5)))
-    assert losses.block_distillation(student, teacher) == (1 + 4) / 2
-    assert losses.output_distillation(student[1], teacher[1]) == 4
-    slope = jax.grad(lambda t: losses.output_distillation(student[1], t))(teacher[1])
+    assert distillation.block_distillation(student, teacher) == (1 + 4) / 2
+    assert distillation.output_distillation(student[1], teacher[1]) == 4
+    slope = jax.grad(lambda t: distillation.output_distillation(student[1], t))(teacher[1])
     assert not slope.any()
 
 
 def test_losses_are_summed_by_weights():
     parts, weights = {"a": jnp.float32(3), "b": jnp.float32(0.5)}, {"a": 0.2, "b": 100.0, "c": 1.0}
-    np.testing.assert_allclose(losses.weighted_sum(parts, weights), 50.6, rtol=1e-6)
+    np.testing.assert_allclose(distillation.weighted_sum(parts, weights), 50.6, rtol=1e-6)
     with pytest.raises(KeyError, match="another"):
-        losses.weighted_sum(parts | {"another": jnp.float32(1)}, weights)
+        distillation.weighted_sum(parts | {"another": jnp.float32(1)}, weights)
 
 
 def test_codes_are_pulled_toward_their_prompts_alone():

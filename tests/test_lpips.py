@@ -2,8 +2,6 @@
 
 import json
 import logging
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdprune_jax import checkpoint, config, convert, sharding, weights
-from sdprune_jax.evaluate import images, networks, run, scores, task
+from sdprune_jax import config, sharding
+from sdprune_jax.evaluate import images, measuring, networks, scores, task
+from sdprune_jax.files import convert, model_directory, weights
 from sdprune_jax.metrics import interval
 from sdprune_jax.models import lpips
 from sdprune_jax.report import evaluation
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
+from sdprune_jax.stages import evaluate
 
 _MESH = sharding.make_mesh(devices=jax.devices()[:1])  # it computes as much on each
-_DENSE = checkpoint.open_model(checkpoint.directory_of("embedded"))
+_DENSE = model_directory.open_model(model_directory.directory_of("embedded"))
 # Channels, kernel, stride and padding of the convolutions of torchvision's `alexnet().features`.
 _CONVOLUTIONS = {
     0: (64, 11, 4, 2), 3: (192, 5, 1, 2), 6: (384, 3, 1, 1), 8: (256, 3, 1, 1), 10: (256, 3, 1, 1),
@@ -153,13 +151,13 @@ def test_the_figure_is_there_if_the_weights_are(tmp_path, monkeypatch):
     work, directories = tmp_path / "run", {"dense": [None], "pruned": [None]}
     asked = task.Task(["", ""], None, None, 0, None, "")
     said = type("Drawn", (), {"said": lambda _: {}})()
-    monkeypatch.setattr(run.checkpoint, "models_of_run", lambda *_: directories)
-    monkeypatch.setattr(run.checkpoint, "open_model", lambda _: _DENSE)
-    monkeypatch.setattr(run.routed, "states", lambda *_: {"dense": "a", "pruned": "b"})
-    monkeypatch.setattr(run.routed, "models", lambda *_: {"dense": said, "pruned": said})
-    monkeypatch.setattr(run.task, "load", lambda *_: asked)
-    monkeypatch.setattr(run, "load_networks", lambda *_: {})
-    monkeypatch.setattr(run, "measure", lambda *args: {name: {} for name in args[4]})
+    monkeypatch.setattr(evaluate.checkpoint, "models_of_run", lambda *_: directories)
+    monkeypatch.setattr(evaluate.checkpoint, "open_model", lambda _: _DENSE)
+    monkeypatch.setattr(evaluate.routed, "states", lambda *_: {"dense": "a", "pruned": "b"})
+    monkeypatch.setattr(evaluate.routed, "models", lambda *_: {"dense": said, "pruned": said})
+    monkeypatch.setattr(evaluate.task, "load", lambda *_: asked)
+    monkeypatch.setattr(measuring, "load_networks", lambda *_: {})
+    monkeypatch.setattr(measuring, "measure", lambda *args: {name: {} for name in args[4]})
     folders = []
 
     def render(*args):
@@ -167,17 +165,17 @@ def test_the_figure_is_there_if_the_weights_are(tmp_path, monkeypatch):
         for i, folder in enumerate(args[4].values()):
             _draw(folder, _bytes(i, 2))
 
-    monkeypatch.setattr(run, "_render", render)
+    monkeypatch.setattr(evaluate, "_render", render)
     section = config.Evaluate(
         num_images=2, batch_size=2, num_resamples=0, networks=str(tmp_path / "networks")
     )
     whole = config.Run(workdir=str(work), evaluate=section)
-    without = json.loads(run.run(whole, _MESH).read_text())
+    without = json.loads(evaluate.run(whole, _MESH).read_text())
     assert without["weights"] == {}
     assert "psnr_to_dense" in without["models"]["pruned"]["figures"]
     assert "lpips_to_dense" not in without["models"]["pruned"]["figures"]
     _save(tmp_path / "networks")
-    found = json.loads(run.run(whole, _MESH).read_text())  # the old record is not enough
+    found = json.loads(evaluate.run(whole, _MESH).read_text())  # the old record is not enough
     assert found["weights"].keys() == {"lpips"}
     assert found["models"]["dense"]["figures"] == {}
     assert "lpips to dense (lower is better)" in evaluation.figures(found)

@@ -4,8 +4,9 @@ import re
 import numpy as np
 import pytest
 
-from sdprune_jax import macs, sites
+from sdprune_jax import sites
 from sdprune_jax.models import clip, unet, vae
+from sdprune_jax.sites import macs
 
 TINY = unet.UNetConfig(
     block_out_channels=(16, 32),

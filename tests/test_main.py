@@ -14,7 +14,8 @@ import pytest
 from absl import flags
 
 import sdprune_jax
-from sdprune_jax import command_line, config, main, pretrain, pruning, report
+from sdprune_jax import config, main, pretrain, pruning, report
+from sdprune_jax.config import command_line
 
 SOURCE = """
 from sdprune_jax import config

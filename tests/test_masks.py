@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pruning_golden import W, digits
 
-from sdprune_jax.pruning import masks, scores
+from sdprune_jax.pruning import scores
+from sdprune_jax.scoring import masks
 
 W_REMOVED = ["01001101", "00110110", "00101011"]  # by hand: the tie goes to the lower index
 

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from pruning_golden import W, X, digits
 
-from sdprune_jax import checks, config, convert
+from sdprune_jax import config
+from sdprune_jax.config import checks
 from sdprune_jax.config.pruning import Override
-from sdprune_jax.pruning import methods, obs, request, run, scores
-from sdprune_jax.pruning.recorder import LayerStats
+from sdprune_jax.files import convert
+from sdprune_jax.pruning import component, methods, request, scores
+from sdprune_jax.scoring import obs
+from sdprune_jax.scoring.recorder import LayerStats
 
 _RNG = np.random.default_rng(0)
 _SHAPES = {"layers.0.fc1.kernel": (16, 6), "conv.kernel": (3, 3, 4, 5)}
@@ -89,7 +92,7 @@ def _stage(kernels, seed=0, **settings):
         stats = {p: rng.normal(size=x.shape).astype(np.float32) for p, x in kernels.items()}
     else:
         stats = _stats(methods.STATISTIC[section.method] or "moments")
-    return flat, run.prune_component(flat, list(flat), section, [(list(flat), stats)], seed)
+    return flat, component.prune_component(flat, list(flat), section, [(list(flat), stats)], seed)
 
 
 @pytest.mark.parametrize("settings", _EVERY_WAY, ids=str)
@@ -199,7 +202,7 @@ def test_the_record_says_what_was_asked_and_what_the_outputs_lost():
     flat = {path: kernel.copy() for path, kernel in _KERNELS.items()}
     section = config.PruneComponent(0.25, method="sparsegpt", overrides=own)
     parts = [([path], {path: stats}) for path, stats in _stats("gram").items()]
-    done = json.loads(json.dumps(run.prune_component(flat, list(flat), section, parts, 0)))
+    done = json.loads(json.dumps(component.prune_component(flat, list(flat), section, parts, 0)))
     assert done["overrides"] == [{"layers": "conv", "sparsity": 0.1}]
     assert done["zeros"] == 69
     assert "band" not in done

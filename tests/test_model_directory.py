@@ -13,8 +13,8 @@ import pytest
 import tiny_pipeline
 from safetensors.numpy import load_file, save_file
 
-from sdprune_jax import checkpoint, convert
-from sdprune_jax.checkpoint import COMPONENTS
+from sdprune_jax.files import convert, model_directory
+from sdprune_jax.files.model_directory import COMPONENTS
 from sdprune_jax.models import clip
 
 torch = tiny_pipeline.torch
@@ -36,18 +36,18 @@ def source(tmp_path_factory: pytest.TempPathFactory, models: dict) -> pathlib.Pa
 
 
 @pytest.fixture(scope="module")
-def model(source: pathlib.Path) -> checkpoint.Model:
-    return checkpoint.open_model(source)
+def model(source: pathlib.Path) -> model_directory.Model:
+    return model_directory.open_model(source)
 
 
 @pytest.fixture(scope="module")
-def shapes(model: checkpoint.Model) -> dict:
-    return {name: checkpoint.param_shapes(model, name) for name in COMPONENTS}
+def shapes(model: model_directory.Model) -> dict:
+    return {name: model_directory.param_shapes(model, name) for name in COMPONENTS}
 
 
 @pytest.fixture(scope="module")
 def params(source: pathlib.Path, shapes: dict) -> dict:
-    return {name: checkpoint.load_params(source / name, shapes[name]) for name in COMPONENTS}
+    return {name: model_directory.load_params(source / name, shapes[name]) for name in COMPONENTS}
 
 
 @pytest.fixture
@@ -64,12 +64,12 @@ def _assert_equal(got: dict, want: dict):
 
 
 def test_load_finds_the_component(model, params):
-    _assert_equal(checkpoint.load(model, "vae"), params["vae"])
+    _assert_equal(model_directory.load(model, "vae"), params["vae"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_torch_reads_back_what_it_wrote(models, model, params, tmp_path, dtype):
-    checkpoint.save(model, params, tmp_path / "new", dtype=jnp.dtype(dtype))
+    model_directory.save(model, params, tmp_path / "new", dtype=jnp.dtype(dtype))
     for name, reference in models.items():
         got = tiny_pipeline.reload(tmp_path / "new", name, getattr(torch, dtype))
         want = reference.state_dict()
@@ -79,14 +79,14 @@ def test_torch_reads_back_what_it_wrote(models, model, params, tmp_path, dtype):
 
 
 def test_files_equal_those_of_diffusers(source, model, params, tmp_path):
-    checkpoint.save(model, params, tmp_path / "new", dtype=None)
+    model_directory.save(model, params, tmp_path / "new", dtype=None)
     for name in ("unet", "vae"):
         file = f"{name}/{FILES[name]}"
         assert (tmp_path / "new" / file).read_bytes() == (source / file).read_bytes()
 
 
 def test_diffusers_opens_the_whole_export(model, params, tmp_path):
-    checkpoint.save(model, params, tmp_path / "new", dtype=jnp.float16)
+    model_directory.save(model, params, tmp_path / "new", dtype=jnp.float16)
     pipeline = tiny_pipeline.diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "new")
     assert type(pipeline.scheduler).__name__ == "PNDMScheduler"
     assert pipeline.tokenizer("a red face").input_ids[0] == 518
@@ -102,7 +102,7 @@ def test_shards_and_variants_of_diffusers_are_read(models, params, shapes, copie
         models[name].save_pretrained(copied / name, max_shard_size="1MB", variant=variant)
     assert any((copied / "unet").glob("*-00002-of-*"))
     for name in COMPONENTS:
-        got = checkpoint.load_params(copied / name, shapes[name], variant=variant)
+        got = model_directory.load_params(copied / name, shapes[name], variant=variant)
         _assert_equal(got, params[name])
 
 
@@ -116,9 +116,11 @@ def test_components_left_out_are_copied(models, model, params, shapes, copied, t
             file.rename(file.with_suffix(f".{variant}.safetensors"))
     moved = dataclasses.replace(model, directory=copied)
     tree = {"text_encoder": params["text_encoder"]}
-    checkpoint.save(moved, tree, tmp_path / "new", dtype=None, variant=variant)
+    model_directory.save(moved, tree, tmp_path / "new", dtype=None, variant=variant)
     for name in COMPONENTS:
-        _assert_equal(checkpoint.load_params(tmp_path / "new" / name, shapes[name]), params[name])
+        _assert_equal(
+            model_directory.load_params(tmp_path / "new" / name, shapes[name]), params[name]
+        )
         tiny_pipeline.reload(tmp_path / "new", name)
 
 
@@ -128,7 +130,7 @@ def test_text_encoder_is_read_with_and_without_prefix(params, shapes, copied):
     ids = {"embeddings.position_ids": np.arange(77)[None]}
     for tensors in (bare | ids, {f"text_model.{key}": x for key, x in (bare | ids).items()}):
         save_file(tensors, path)
-        got = checkpoint.load_params(copied / "text_encoder", shapes["text_encoder"])
+        got = model_directory.load_params(copied / "text_encoder", shapes["text_encoder"])
         _assert_equal(got, params["text_encoder"])
 
 
@@ -144,18 +146,18 @@ def test_old_names_of_the_vae_are_read(params, shapes, copied, as_convolution):
         old[name] = x[..., None, None] if found and as_convolution and x.ndim == 2 else x
     assert num_renamed == 16
     save_file(old, path)
-    _assert_equal(checkpoint.load_params(copied / "vae", shapes["vae"]), params["vae"])
+    _assert_equal(model_directory.load_params(copied / "vae", shapes["vae"]), params["vae"])
 
 
 def test_keys_of_configs_are_kept(model, params, copied, tmp_path):
     _edit(copied / "unet/config.json", _name_or_path="mine", sample_size=32)
     _edit(copied / "scheduler/scheduler_config.json", trained_betas=None, clip_sample=False)
     written = dataclasses.replace(model, directory=copied)
-    checkpoint.save(written, params, tmp_path / "new", dtype=None)
+    model_directory.save(written, params, tmp_path / "new", dtype=None)
     config = json.loads((tmp_path / "new/unet/config.json").read_text())
     assert config["_name_or_path"] == "mine"
     assert config["sample_size"] == 8  # ours wins
-    assert checkpoint.open_model(tmp_path / "new").unet == model.unet
+    assert model_directory.open_model(tmp_path / "new").unet == model.unet
 
 
 def test_names_of_the_past_become_those_of_today(copied, params, tmp_path):
@@ -169,8 +171,8 @@ def test_names_of_the_past_become_those_of_today(copied, params, tmp_path):
     (copied / "feature_extractor").mkdir()
     processor = {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 224}
     (copied / "feature_extractor/preprocessor_config.json").write_text(json.dumps(processor))
-    model = checkpoint.open_model(copied)
-    checkpoint.save(model, params, tmp_path / "new", dtype=None)
+    model = model_directory.open_model(copied)
+    model_directory.save(model, params, tmp_path / "new", dtype=None)
     for path in sorted((tmp_path / "new").rglob("*.json")):
         assert "Flax" not in path.read_text(), path
         assert "FeatureExtractor" not in path.read_text(), path
@@ -188,7 +190,7 @@ def test_whole_clip_is_read(tmp_path):
     reference = tiny_pipeline.transformers.CLIPModel(config)
     reference.save_pretrained(tmp_path)
     config = clip.CLIPConfig.from_json(json.loads((tmp_path / "config.json").read_text()))
-    loaded = convert.flatten(checkpoint.load_params(tmp_path, clip.clip_param_shapes(config)))
+    loaded = convert.flatten(model_directory.load_params(tmp_path, clip.clip_param_shapes(config)))
     want = reference.state_dict()
     assert {convert.torch_key(path) for path in loaded} == want.keys() - {
         "text_model.embeddings.position_ids",
@@ -202,22 +204,22 @@ def test_whole_clip_is_read(tmp_path):
 def test_nothing_appears_before_all_is_written(model, params, tmp_path):
     broken = params | {"vae": jax.tree.map(lambda x: x * jnp.nan, params["vae"])}
     with pytest.raises(ValueError, match="not finite"):
-        checkpoint.save(model, broken, tmp_path / "new", dtype=None)
+        model_directory.save(model, broken, tmp_path / "new", dtype=None)
     assert not list(tmp_path.iterdir())
     (tmp_path / "new.tmp" / "left").mkdir(parents=True)  # of a run that was killed
-    checkpoint.save(model, params, tmp_path / "new", dtype=None)
+    model_directory.save(model, params, tmp_path / "new", dtype=None)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_only_models_are_overwritten_and_only_when_asked(model, params, tmp_path):
     new = tmp_path / "new"
-    checkpoint.save(model, params, new, dtype=None)
+    model_directory.save(model, params, new, dtype=None)
     with pytest.raises(ValueError, match="exists"):
-        checkpoint.save(model, params, new, dtype=None)
-    checkpoint.save(model, params, new, dtype=jnp.float16, overwrite=True)
+        model_directory.save(model, params, new, dtype=None)
+    model_directory.save(model, params, new, dtype=jnp.float16, overwrite=True)
     assert load_file(new / "vae" / FILES["vae"])["decoder.conv_in.weight"].dtype == np.float16
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter").write_text("dear")
     with pytest.raises(ValueError, match="is not a model"):
-        checkpoint.save(model, params, tmp_path / "home", dtype=None, overwrite=True)
+        model_directory.save(model, params, tmp_path / "home", dtype=None, overwrite=True)
     assert (tmp_path / "home" / "letter").exists()

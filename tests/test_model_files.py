@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from sdprune_jax import checkpoint, diffusion
-from sdprune_jax.models import clip, unet, vae
+from sdprune_jax.files import model_directory
+from sdprune_jax.models import clip, noise_schedule, unet, vae
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def directory(tmp_path: pathlib.Path) -> pathlib.Path:
     """The configs of Stable Diffusion 2.1-base."""
     values = {
         "model_index.json": {"_class_name": "StableDiffusionPipeline"},
-        "scheduler/scheduler_config.json": diffusion.Schedule().to_json(),
+        "scheduler/scheduler_config.json": noise_schedule.Schedule().to_json(),
         "text_encoder/config.json": clip.TextConfig().to_json(),
         "unet/config.json": unet.UNetConfig().to_json(),
         "vae/config.json": vae.VAEConfig().to_json(),
@@ -30,9 +30,9 @@ def _edit(path: pathlib.Path, **changes) -> None:
 
 
 def test_no_weights_are_needed_to_open_a_model(directory):
-    schedule = diffusion.Schedule.from_json(diffusion.Schedule().to_json())
+    schedule = noise_schedule.Schedule.from_json(noise_schedule.Schedule().to_json())
     want = (clip.TextConfig(), unet.UNetConfig(), vae.VAEConfig(), schedule, directory)
-    assert checkpoint.open_model(directory) == checkpoint.Model(*want)
+    assert model_directory.open_model(directory) == model_directory.Model(*want)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_no_weights_are_needed_to_open_a_model(directory):
 def test_other_models_are_refused(directory, file, changes, message):
     _edit(directory / file, **changes)
     with pytest.raises(ValueError, match=message):
-        checkpoint.open_model(directory)
+        model_directory.open_model(directory)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_all_damaged_configs_are_named_at_once(directory, text, message):
     (directory / "unet/config.json").write_text(text)
     (directory / "vae/config.json").unlink()
     with pytest.raises(ValueError, match=message) as error:
-        checkpoint.open_model(directory)
+        model_directory.open_model(directory)
     assert "vae/config.json is missing" in str(error.value)
 
 
@@ -99,13 +99,13 @@ def test_mismatched_prediction_type_warns(directory, changes, prediction_type, w
     _edit(directory / "scheduler/scheduler_config.json", prediction_type=prediction_type)
     if warns:
         with pytest.warns(UserWarning, match=f"says {prediction_type}"):
-            checkpoint.open_model(directory)
+            model_directory.open_model(directory)
     else:
-        checkpoint.open_model(directory)
+        model_directory.open_model(directory)
 
 
 def test_safety_checker_is_said_to_be_left_out(directory):
     checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     _edit(directory / "model_index.json", safety_checker=checker)
     with pytest.warns(UserWarning, match="safety checker"):
-        checkpoint.open_model(directory)
+        model_directory.open_model(directory)

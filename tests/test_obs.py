@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from pruning_golden import W, X
 
-from sdprune_jax.pruning import masks, obs, units
-from sdprune_jax.pruning.recorder import LayerStats
+from sdprune_jax.scoring import masks, obs
+from sdprune_jax.scoring.recorder import LayerStats
+from sdprune_jax.slicing import units
 
 # Checked against the authors' implementations.
 SPARSEGPT = [  # half of the weights, in one block

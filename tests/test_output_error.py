@@ -7,7 +7,8 @@ import pathlib
 import jax
 import numpy as np
 
-from sdprune_jax import checkpoint, config, sharding
+from sdprune_jax import config, sharding
+from sdprune_jax.files import model_directory
 
 _FILE = pathlib.Path(__file__).parents[1] / "tools" / "bench" / "output_error.py"
 
@@ -20,7 +21,7 @@ def test_sparsegpt_moves_outputs_less_than_wanda_and_wanda_less_than_magnitude(m
     spec.loader.exec_module(tool)
     part = config.PruneComponent(0.5)
     section = config.Calibration(num_prompts=64, batch_size=64)
-    model = checkpoint.open_model(checkpoint.directory_of("embedded"))
+    model = model_directory.open_model(model_directory.directory_of("embedded"))
     found = dict(tool.errors("embedded", "text_encoder", part, section))
     table = np.array(list(found.values()))  # layers by methods
     assert table.shape == (6 * model.text_encoder.num_hidden_layers, 3)

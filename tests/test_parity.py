@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import convert
+from sdprune_jax.files import convert
 from sdprune_jax.models import clip, unet, vae
 
 torch = pytest.importorskip("torch")

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pruning_golden import W, X, digits
 
-from sdprune_jax import convert
+from sdprune_jax.files import convert
 from sdprune_jax.pruning import patterns, scores
 
 

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from sdprune_jax import config
-from sdprune_jax.aptp import data, experts, pictures
-from sdprune_jax.data import cc3m
+from sdprune_jax.data import cc3m, pictures
+from sdprune_jax.stages import assign
+from sdprune_jax.training import encoded
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_stored_pictures_are_read_by_rows_the_same_every_time(section):
     val = pictures.load(section, "val")
     assert pictures.prompts(section, val, "val", 0).texts == ["validation 0", "validation 1"]
     assert pictures.state(val) != pictures.state(pairs)
-    assert experts._labels(pictures.prompts(section, val, "val", 0)) == {}
+    assert assign._labels(pictures.prompts(section, val, "val", 0)) == {}
     section = config.RouterData(dataset="cc3m")
     with pytest.raises(ValueError, match=r"set config\.router\.data\.directory"):
         pictures.load(section, "train")
@@ -72,18 +73,18 @@ def test_latents_of_stored_pictures_follow_them_and_their_mirror_images(
     model = aptp_model.make(tmp_path / "model")
     pairs = pictures.load(section, "train")
     texts = pictures.prompts(section, pairs, "train", 0).texts
-    make = lambda cached: data.examples(section, model, pairs, texts, aptp_model.MESH, cached)
+    make = lambda cached: encoded.examples(section, model, pairs, texts, aptp_model.MESH, cached)
     found = make(tmp_path / "cache")
     assert (found.mean.shape, found.states.shape[0]) == ((5, 2, 8, 8, 4), 10)
     for row, flip in ((0, 0), (3, 1)):
         image = pairs.images[np.array([row])][:, :, :: 1 - 2 * flip]
         alone = config.RouterData(num_images=1)
-        own = data.examples(
+        own = encoded.examples(
             alone, model, pictures.emoji.Pairs(image, np.zeros(1, np.int32), np.zeros(1, np.int32)),
             ["a cat"], aptp_model.MESH, None,
         )  # fmt: skip
         np.testing.assert_allclose(found.mean[row, flip], own.mean[0, 0], rtol=0, atol=1e-5)
-    monkeypatch.setattr(data, "_IN_MEMORY", 0)  # as of a large dataset
+    monkeypatch.setattr(encoded, "_IN_MEMORY", 0)  # as of a large dataset
     on_disk = make(tmp_path / "other")
     np.testing.assert_array_equal(on_disk.mean, found.mean)
     np.testing.assert_array_equal(on_disk.states, found.states)

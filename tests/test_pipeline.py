@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, config, generate, pipeline, sharding
+from sdprune_jax import config, pipeline, sharding
 from sdprune_jax.data import tokenizer
+from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import paired
+from sdprune_jax.stages import generate
 
 _PROMPTS = ("a flat emoji of red apple", "a noto emoji of cat face", "a 3d emoji of airplane")
-_DIRECTORY = checkpoint.directory_of("embedded")
+_DIRECTORY = model_directory.directory_of("embedded")
 
 
 def _ids(model, prompts):
@@ -24,7 +26,7 @@ def _noise(model, index, seed=0):
 
 
 def _sample(mesh, prompts, index, num_steps):
-    model = checkpoint.open_model(_DIRECTORY)
+    model = model_directory.open_model(_DIRECTORY)
     params = pipeline.load(model, mesh)
     sample = pipeline.make_sample(model, mesh, sampler=None, num_steps=num_steps, guided=True)
     noise = _noise(model, index)
@@ -39,7 +41,7 @@ def test_images_equal_those_of_diffusers():
     got = _sample(sharding.make_mesh(1, 8), [*_PROMPTS] * 3 + [""] * 7, range(16), 25)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(_DIRECTORY, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    noise = np.asarray(_noise(checkpoint.open_model(_DIRECTORY), range(16)))[:3].transpose(
+    noise = np.asarray(_noise(model_directory.open_model(_DIRECTORY), range(16)))[:3].transpose(
         0, 3, 1, 2
     )
     want = pipe(

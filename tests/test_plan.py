@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from sdprune_jax import config, diffusion, plan
-from sdprune_jax.models import clip, unet, vae
+from sdprune_jax import config
+from sdprune_jax.models import clip, noise_schedule, unet, vae
+from sdprune_jax.stages import plan
 
 TINY = {
     "text_encoder": clip.TextConfig(60, 24, 40, 2, 4, max_position_embeddings=11),
@@ -31,7 +32,7 @@ STABLE_DIFFUSION_2 = {
 
 def _write(directory, configs):
     files = {f"{name}/config.json": values for name, values in configs.items()}
-    files["scheduler/scheduler_config.json"] = diffusion.Schedule()
+    files["scheduler/scheduler_config.json"] = noise_schedule.Schedule()
     for name, values in files.items():
         (directory / name).parent.mkdir()
         (directory / name).write_text(json.dumps(values.to_json()))

@@ -20,9 +20,10 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from sdprune_jax import config, main, sharding, train
+from sdprune_jax import config, main, sharding
 from sdprune_jax.data import cache, emoji
 from sdprune_jax.evaluate.protocols import PROTOCOLS
+from sdprune_jax.training import loop
 
 _STARTED = []
 _STEPS = 12
@@ -46,14 +47,14 @@ def trains(directory, coordinator="", process_id=0, pause=0.0):
     seen = (directory / f"rows{process_id}").open("a")
 
     def batch_at(step):
-        rows = train.rows_of_batch(40, 16, step, seed=0)
+        rows = loop.rows_of_batch(40, 16, step, seed=0)
         print(step, *rows, file=seen, flush=True)
         time.sleep(pause)
         return {"x": x[rows], "y": np.ones((16, 16), np.float32)}
 
     sharding.MIN_SHARDED_BYTES = 0
-    ema = train.fit(
-        _loss, _PARAMS, train.adamw(1e-2, 2, _STEPS, 0.1, 1.0), batch_at,
+    ema = loop.fit(
+        _loss, _PARAMS, loop.adamw(1e-2, 2, _STEPS, 0.1, 1.0), batch_at,
         {"scale": np.float32(2.0)}, mesh=mesh, num_steps=_STEPS, ema_decay=0.9, seed=3,
         directory=directory, log_every=1, save_every=4,
     )  # fmt: skip

@@ -5,8 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, config, convert, sharding, sites
-from sdprune_jax.pruning import allocate, calibrate, methods, run
+from sdprune_jax import config, sharding, sites
+from sdprune_jax.files import convert, model_directory
+from sdprune_jax.pruning import allocate, methods
+from sdprune_jax.scoring import calibrate
+from sdprune_jax.scoring.calibration import Calibration
+from sdprune_jax.stages import prune
 
 _MESH = sharding.make_mesh()
 UNIFORM = {"text_encoder": 0.475, "unet": 0.35}
@@ -31,17 +35,17 @@ def _prune(workdir, **changes):
         for name, sparsity in UNIFORM.items()
     }
     section = config.Prune(**sections, save_dtype="float16")
-    return run.run(config.Run(workdir=str(workdir), prune=section), _MESH)
+    return prune.run(config.Run(workdir=str(workdir), prune=section), _MESH)
 
 
 def test_the_pruned_directory_holds_exactly_the_zeros_that_are_reported(workdir):
     output = _prune(workdir)
     record = json.loads((workdir / "prune.json").read_text())
-    directories = (checkpoint.directory_of("embedded"), output)
-    dense, pruned = (checkpoint.open_model(directory) for directory in directories)
+    directories = (model_directory.directory_of("embedded"), output)
+    dense, pruned = (model_directory.open_model(directory) for directory in directories)
     for name, sparsity in UNIFORM.items():
-        before, after = (convert.flatten(checkpoint.load(m, name)) for m in (dense, pruned))
-        layers = sites.prunable(checkpoint.param_shapes(dense, name), name, "linear")
+        before, after = (convert.flatten(model_directory.load(m, name)) for m in (dense, pruned))
+        layers = sites.prunable(model_directory.param_shapes(dense, name), name, "linear")
         values = record["components"][name]
         prunable = sum(before[path].size for path in layers)
         zeros = sum(int((np.asarray(after[path]) == 0).sum()) for path in layers)
@@ -94,7 +98,7 @@ def test_diffusers_loads_the_pruned_directory_with_its_zeros(workdir):
 
 def test_a_component_too_many_is_named():
     with pytest.raises(ValueError, match="no component"):
-        run.run(config.Run(prune=config.Prune()), _MESH)
+        prune.run(config.Run(prune=config.Prune()), _MESH)
 
 
 def test_only_obsdiff_weighs_the_calls_of_the_sampler(monkeypatch):
@@ -104,11 +108,11 @@ def test_only_obsdiff_weighs_the_calls_of_the_sampler(monkeypatch):
         return seen.update({method: (args[6], args[8].timestep_weights)}) or {}
 
     monkeypatch.setattr(calibrate, "unet_statistics", statistics)
-    monkeypatch.setattr(run.Calibration, "text_states", lambda _: np.zeros((2, 3, 4)))
-    model = checkpoint.open_model(checkpoint.directory_of("embedded"))
-    loaded = convert.flatten(checkpoint.load(model, "unet"))
+    monkeypatch.setattr(Calibration, "text_states", lambda _: np.zeros((2, 3, 4)))
+    model = model_directory.open_model(model_directory.directory_of("embedded"))
+    loaded = convert.flatten(model_directory.load(model, "unet"))
     flat = {path: np.asarray(x) for path, x in loaded.items()}
-    calibration = run.Calibration(
+    calibration = Calibration(
         config.Calibration(), model, "unet", sharding.make_mesh(), seed=0, variant=""
     )
     for method in ("wanda", "sparsegpt", "obsdiff"):

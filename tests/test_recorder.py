@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pruning_golden import X
 
 from sdprune_jax.models import products
-from sdprune_jax.pruning import recorder, trajectory
+from sdprune_jax.scoring import recorder, trajectory
 
 
 class _Layers(nn.Module):

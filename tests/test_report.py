@@ -7,7 +7,7 @@ from PIL import Image
 from report_page import decode, images_json, prune_json, read, write
 
 from sdprune_jax.report import files, pictures
-from sdprune_jax.report import run as report
+from sdprune_jax.stages import report
 
 
 def test_page_says_the_numbers_of_the_files(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from report_page import decode, images_json, read, write
 
 from sdprune_jax.report import experts
-from sdprune_jax.report import run as report
+from sdprune_jax.stages import report
 
 _RESNET, _NEXT = "down_blocks.0.resnets.0", "down_blocks.0.resnets.1"
 _CROSS = "mid_block.attentions.0.transformer_blocks.0.attn2"

@@ -11,11 +11,12 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from sdprune_jax import checkpoint, config, generate, pipeline, tensors
-from sdprune_jax.aptp import experts, routed
+from sdprune_jax import config, pipeline
+from sdprune_jax.aptp import assignment, routed
 from sdprune_jax.data import captions
-from sdprune_jax.evaluate import images, task
-from sdprune_jax.evaluate import run as evaluate
+from sdprune_jax.evaluate import images, measuring, task
+from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.stages import assign, evaluate, generate
 
 MESH = aptp_model.MESH
 GENERATE = config.Generate(num_prompts=11, batch_size=8, guidance_scale=3.0)
@@ -33,7 +34,7 @@ def assigned(model, tmp_path_factory):
     work = tmp_path_factory.mktemp("assigned") / "run"
     aptp_model.write_router(work, model)
     run = config.Run(workdir=str(work), model=str(model.directory), assign=config.Assign())
-    experts.assign(run, MESH)
+    assign.run(run, MESH)
     return work
 
 
@@ -49,10 +50,10 @@ def work(model, assigned, tmp_path):
 
 
 def _write(model, directory, shift):
-    shapes = checkpoint.param_shapes(model, "unet")
+    shapes = model_directory.param_shapes(model, "unet")
     params = aptp_model.random_params(shapes, 0)
     params["conv_in"]["bias"][:] = shift
-    checkpoint.save(model, {"unet": params}, directory, dtype=np.float32, overwrite=True)
+    model_directory.save(model, {"unet": params}, directory, dtype=np.float32, overwrite=True)
 
 
 def _load(model, *_):
@@ -97,7 +98,7 @@ def _record(work, name="images/generate.json"):
 
 
 def test_every_prompt_is_drawn_by_its_expert_with_the_noise_of_every_model(model, work, calls):
-    expert = experts.of_prompts(work, model, TEXTS, MESH)
+    expert = assignment.of_prompts(work, model, TEXTS, MESH)
     assert len(set(expert)) == 3
     generate.run(_run(model, work, generate=GENERATE), MESH)
     shifts = np.array([1.0, 5.0, 3.0])
@@ -116,7 +117,7 @@ def test_every_prompt_is_drawn_by_its_expert_with_the_noise_of_every_model(model
 
 
 def test_record_says_who_drew_what(model, work):
-    expert = experts.of_prompts(work, model, TEXTS, MESH)
+    expert = assignment.of_prompts(work, model, TEXTS, MESH)
     generate.run(_run(model, work, generate=GENERATE), MESH)
     found = _record(work)["models"]
     assert list(found) == ["dense", "routed"]
@@ -145,7 +146,7 @@ def test_pictures_are_made_again_when_an_expert_or_the_assignment_changes(model,
     assert len(drawn) == 2 * once
     assert _record(work)["models"]["routed"]["experts"][0]["directory"].endswith("finetuned/00")
     run.assign = config.Assign(balance="none")
-    experts.assign(run, MESH)
+    assign.run(run, MESH)
     generate.run(run, MESH)
     assert len(drawn) > 2 * once
     assert len(calls) == 1
@@ -155,9 +156,9 @@ def test_pictures_are_made_again_when_an_expert_or_the_assignment_changes(model,
 def evaluation(monkeypatch):
     asked = task.Task(TEXTS, None, None, 0, None, "")
     monkeypatch.setattr(task, "load", lambda *_: asked)
-    monkeypatch.setattr(evaluate, "load_networks", lambda *_: {})
+    monkeypatch.setattr(measuring, "load_networks", lambda *_: {})
     measure = lambda *args: {name: {"num": {"value": 1.0}} for name in args[4]}
-    monkeypatch.setattr(evaluate, "measure", measure)
+    monkeypatch.setattr(measuring, "measure", measure)
     return config.Evaluate(num_images=11, batch_size=8, num_resamples=5)
 
 
@@ -185,7 +186,7 @@ def test_an_interrupted_evaluation_of_experts_goes_on(model, work, calls, evalua
         assert len(each) == said["num"] == 11
         assert each.mean() == pytest.approx(said["value"])
     assert [row["prompts"] for row in record["routed"]["experts"]] == np.bincount(
-        experts.of_prompts(work, model, TEXTS, MESH), minlength=3
+        assignment.of_prompts(work, model, TEXTS, MESH), minlength=3
     ).tolist()
     [folder] = (work / "evaluate").glob("routed-*")
     generate.run(_run(model, work, generate=GENERATE), MESH)
@@ -234,15 +235,15 @@ def test_experts_that_do_not_belong_together_are_refused(model, work):
 
 
 def test_models_of_a_run_are_those_it_has_made(model, work):
-    directories = checkpoint.models_of_run(str(model.directory), work)
+    directories = model_directory.models_of_run(str(model.directory), work)
     assert list(directories) == ["dense", "routed"]
     (work / "pruned").mkdir()
     (work / "experts" / "00_dense").mkdir()  # zero-padded: the same model in another shape
     (work / "experts" / "100").mkdir()
-    directories = checkpoint.models_of_run(str(model.directory), work)
+    directories = model_directory.models_of_run(str(model.directory), work)
     assert list(directories) == ["dense", "pruned", "routed"]
     assert [path.name for path in directories["routed"]] == ["00", "01", "02", "100"]
     assert routed.Drawn(directories["routed"], np.array([2, 0, 2], np.int32)).parts() == [
         (work / "experts" / "00", [1]), (work / "experts" / "02", [0, 2]),
     ]  # fmt: skip
-    assert list(checkpoint.models_of_run("embedded", work / "nowhere")) == ["dense"]
+    assert list(model_directory.models_of_run("embedded", work / "nowhere")) == ["dense"]

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import diffusion, samplers
-from sdprune_jax.diffusion import Schedule
+from sdprune_jax.models import noise_schedule, samplers
+from sdprune_jax.models.noise_schedule import Schedule
 
 # diffusers' DPM-Solver++ hands a torch tensor to numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 CLASSES = {name: class_name for class_name, name in samplers.SAMPLERS.items()}
-PREDICTIONS = diffusion.PREDICTION_TYPES
-SPACINGS = diffusion.TIMESTEP_SPACINGS
+PREDICTIONS = noise_schedule.PREDICTION_TYPES
+SPACINGS = noise_schedule.TIMESTEP_SPACINGS
 BOUND = 1e-5  # of the largest latent, after every step
 SHAPE = (2, 3, 4, 2)
 
@@ -106,7 +106,7 @@ def test_zero_terminal_snr_matches_diffusers(sampler, spacing):
 )
 def test_a_perfect_model_leads_to_its_image(sampler, num_steps, prediction_type):
     schedule = Schedule(prediction_type=prediction_type, set_alpha_to_one=True)
-    alphas = diffusion.alphas_cumprod(schedule)
+    alphas = noise_schedule.alphas_cumprod(schedule)
     table = samplers.timetable(schedule, sampler, num_steps)
     image, noise = NOISE[::-1], NOISE
     signal_std, noise_std = alphas[table.timestep[0]] ** 0.5, (1 - alphas[table.timestep[0]]) ** 0.5

@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from sdprune_jax import convert, sites
+from sdprune_jax import sites
+from sdprune_jax.files import convert
 from sdprune_jax.models import clip, unet, vae
 
 

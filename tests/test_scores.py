@@ -5,7 +5,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pruning_golden import W, X, digits
 
-from sdprune_jax.pruning import masks, scores
+from sdprune_jax.pruning import scores
+from sdprune_jax.scoring import masks
 
 NORMS = [0.863655, 3.482959, 8.756375, 2.036934, 4.38738, 6.809141, 0.760723, 3.433366]
 MOMENTS = [0.248633, 4.043667, 25.558033, 1.383033, 6.416367, 15.4548, 0.1929, 3.929333]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import convert, tensors, weights
+from sdprune_jax.files import convert, tensors, weights
 from sdprune_jax.models import sentence
 
 torch = pytest.importorskip("torch")

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from sdprune_jax import convert, sites
+from sdprune_jax import sites
+from sdprune_jax.files import convert
 from sdprune_jax.models import unet
 
 CONFIG = unet.UNetConfig(

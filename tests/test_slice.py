@@ -9,10 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from sdprune_jax import checkpoint, checks, config, convert, macs, plan, sites
-from sdprune_jax.aptp import expert_files, finetune, pictures
+from sdprune_jax import config, sites
+from sdprune_jax.aptp import expert_files
+from sdprune_jax.config import checks
+from sdprune_jax.data import pictures
+from sdprune_jax.files import convert, model_directory
 from sdprune_jax.models import unet
-from sdprune_jax.pruning import bksdm, gradients, operators, slicing, structured
+from sdprune_jax.scoring import gradients
+from sdprune_jax.sites import macs
+from sdprune_jax.slicing import bksdm, operators, structured
+from sdprune_jax.stages import finetune, plan, slice
 
 MESH = aptp_model.MESH
 
@@ -40,7 +46,7 @@ def _largest_unit(model, latent_size):
 
 def test_one_expert_has_all_prompts_and_keeps_the_budget_within_a_unit(model, tmp_path):
     run = _run(model, tmp_path, criterion="norm")
-    output = slicing.run(run, MESH)
+    output = slice.run(run, MESH)
     assert output == tmp_path / "experts"
     assert sorted(path.name for path in output.iterdir() if path.is_dir()) == ["00"]
     record = _record(output)
@@ -54,8 +60,8 @@ def test_one_expert_has_all_prompts_and_keeps_the_budget_within_a_unit(model, tm
         assert texts[split] == pictures.prompts(aptp_model.DATA, pairs, split, 1).texts
         assert row["prompts"][split] == len(texts[split])
 
-    expert = checkpoint.open_model(output / "00")
-    dense, found = checkpoint.load(model, "unet"), checkpoint.load(expert, "unet")
+    expert = model_directory.open_model(output / "00")
+    dense, found = model_directory.load(model, "unet"), model_directory.load(expert, "unet")
     dense = jax.tree.map(np.asarray, dense)
     keep = structured.within_budget(
         structured.norm(dense, model.unet), macs.by_site(model.unet, (8, 8), 24), 0.75
@@ -72,7 +78,7 @@ def test_one_expert_has_all_prompts_and_keeps_the_budget_within_a_unit(model, tm
 def test_budget_is_of_the_counter_and_the_size_asked_for(model, tmp_path):
     found = {}
     for changes in ({}, {"latent_size": 32}, {"mac_counter": "paper"}):
-        output = slicing.run(_run(model, tmp_path, criterion="uniform", **changes), MESH)
+        output = slice.run(_run(model, tmp_path, criterion="uniform", **changes), MESH)
         record = _record(output)
         found[json.dumps(changes)] = record
         share = record["experts"][0]["share_of_macs"]
@@ -84,26 +90,26 @@ def test_budget_is_of_the_counter_and_the_size_asked_for(model, tmp_path):
 
 
 def test_a_finished_stage_is_kept_and_a_killed_one_begins_anew(model, tmp_path, monkeypatch):
-    run, save = _run(model, tmp_path, criterion="random"), checkpoint.save
+    run, save = _run(model, tmp_path, criterion="random"), model_directory.save
 
     def dies(*args, **kwargs):
         save(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", dies)
+    monkeypatch.setattr(model_directory, "save", dies)
     with pytest.raises(KeyboardInterrupt):
-        slicing.run(run, MESH)
+        slice.run(run, MESH)
     assert not (tmp_path / "experts").exists()
-    monkeypatch.setattr(checkpoint, "save", save)
-    output = slicing.run(run, MESH)
+    monkeypatch.setattr(model_directory, "save", save)
+    output = slice.run(run, MESH)
     before = (output / "experts.json").stat().st_mtime_ns
-    assert slicing.run(run, MESH) == output
+    assert slice.run(run, MESH) == output
     assert (output / "experts.json").stat().st_mtime_ns == before
     for changed in (
         _run(model, tmp_path, criterion="random", macs_budget=0.7),
         dataclasses.replace(run, seed=2),
     ):
-        slicing.run(changed, MESH)
+        slice.run(changed, MESH)
         after = (output / "experts.json").stat().st_mtime_ns
         assert after != before
         before = after
@@ -115,7 +121,7 @@ def test_finetune_trains_the_one_expert_on_all_prompts(model, tmp_path, monkeypa
     run.finetune = config.Finetune(
         training=config.Training(num_steps=2, batch_size=8, warmup_steps=1)
     )
-    source = slicing.run(run, MESH)
+    source = slice.run(run, MESH)
 
     def train_expert(task, source, target, rows):
         seen[target.name] = source, rows, task.examples
@@ -139,15 +145,15 @@ def test_finetune_trains_the_one_expert_on_all_prompts(model, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("criterion", "signs_cancel"), [("taylor", True), ("diff-pruning", False)])
 def test_gradients_of_pictures_choose_units(model, tmp_path, monkeypatch, criterion, signs_cancel):
-    dense = jax.tree.map(np.asarray, checkpoint.load(model, "unet"))
+    dense = jax.tree.map(np.asarray, model_directory.load(model, "unet"))
     grads = aptp_model.random_params(unet.param_shapes(model.unet), 9)
     monkeypatch.setattr(gradients, "of_pictures", lambda *_: gradients.Sums(grads, [2.0, 1.0]))
-    output = slicing.run(_run(model, tmp_path, criterion=criterion), MESH)
+    output = slice.run(_run(model, tmp_path, criterion=criterion), MESH)
     scores = structured.taylor(dense, grads, model.unet, signs_cancel)
     costs = macs.by_site(model.unet, (8, 8), 24)
     keep = structured.within_budget(scores, costs, 0.75)
     _, want = sites.slice_params(dense, model.unet, keep)
-    assert checkpoint.open_model(output / "00").unet == want
+    assert model_directory.open_model(output / "00").unet == want
     assert _record(output)["slice"]["losses"] == [2.0, 1.0]
     assert _record(output)["slice"]["criterion"] == criterion
 
@@ -171,15 +177,15 @@ def test_pictures_drawn_by_the_seed_are_what_gradients_are_of(model, monkeypatch
 
 
 def test_obs_leaves_resnets_whole_and_compensates_what_closes_a_site(model, tmp_path):
-    output = slicing.run(_run(model, tmp_path, criterion="obs", macs_budget=0.9), MESH)
-    record, expert = _record(output), checkpoint.open_model(output / "00")
+    output = slice.run(_run(model, tmp_path, criterion="obs", macs_budget=0.9), MESH)
+    record, expert = _record(output), model_directory.open_model(output / "00")
     (row,) = record["experts"]
     assert 0 <= 0.9 * record["dense"]["macs"] - row["macs"] < _largest_unit(model, 8)
     assert record["slice"]["loss"] > 0
     table = {site.name: site for site in sites.table(model.unet)}
     cut = [name for name, units in row["kept"].items() if units < table[name].units]
     assert {table[name].kind for name in cut} == {"heads", "ff"}
-    dense, found = (convert.flatten(checkpoint.load(m, "unet")) for m in (model, expert))
+    dense, found = (convert.flatten(model_directory.load(m, "unet")) for m in (model, expert))
     name = next(name for name in cut if table[name].kind == "ff")
     before, after = (np.asarray(flat[f"{name}.net.2.kernel"]) for flat in (dense, found))
     size = table[name].unit_size
@@ -199,7 +205,7 @@ def test_operators_go_in_the_order_of_their_scores(model, tmp_path, monkeypatch)
         return {name: np.array([float(i)]) for i, name in enumerate(reversed(names))}
 
     monkeypatch.setattr(operators, "score", score)
-    output = slicing.run(_run(model, tmp_path, criterion="operators"), MESH)
+    output = slice.run(_run(model, tmp_path, criterion="operators"), MESH)
     assert given["text"].shape == (8, 24, 12)
     assert given["walk"].num_steps == 1
     kept, costs = _record(output)["experts"][0]["kept"], macs.by_operator(model.unet, (8, 8), 24)
@@ -210,31 +216,31 @@ def test_operators_go_in_the_order_of_their_scores(model, tmp_path, monkeypatch)
     assert left[-1] <= 0.75 * costs.total < left[-2]
     share = _record(output)["experts"][0]["share_of_macs"]
     assert share == pytest.approx(left[-1] / costs.total)
-    assert dict(checkpoint.open_model(output / "00").unet.kept_units) == dict.fromkeys(gone, 0)
+    assert dict(model_directory.open_model(output / "00").unet.kept_units) == dict.fromkeys(gone, 0)
 
 
 def test_bksdm_is_written_as_a_plain_unet(tmp_path, model):
     two = dataclasses.replace(model.unet, layers_per_block=2)
     params = aptp_model.random_params(unet.param_shapes(two), 4)
     other = dataclasses.replace(model, unet=two)
-    checkpoint.save(other, {"unet": params}, tmp_path / "model", dtype=np.float32)
-    other = checkpoint.open_model(tmp_path / "model")
-    output = slicing.run(_run(other, tmp_path, criterion="bksdm-small"), MESH)
-    expert = checkpoint.open_model(output / "00")
+    model_directory.save(other, {"unet": params}, tmp_path / "model", dtype=np.float32)
+    other = model_directory.open_model(tmp_path / "model")
+    output = slice.run(_run(other, tmp_path, criterion="bksdm-small"), MESH)
+    expert = model_directory.open_model(output / "00")
     assert expert.unet == bksdm.student(two, "small")
     values = json.loads((output / "00" / "unet" / "config.json").read_text())
     assert (values["mid_block_type"], values["layers_per_block"]) == (None, 1)
     assert "kept_units" not in values
     jax.tree.map(
         np.testing.assert_array_equal,
-        checkpoint.load(expert, "unet"), bksdm.cut(params, two, "small")[0],
+        model_directory.load(expert, "unet"), bksdm.cut(params, two, "small")[0],
     )  # fmt: skip
 
 
 def test_budget_out_of_reach_is_refused_with_what_can_be(model, tmp_path):
     for criterion in ("norm", "obs"):
         with pytest.raises(ValueError, match=r"macs_budget is 0\.05, .* from 0\.\d{4}"):
-            slicing.run(_run(model, tmp_path, criterion=criterion, macs_budget=0.05), MESH)
+            slice.run(_run(model, tmp_path, criterion=criterion, macs_budget=0.05), MESH)
     assert not (tmp_path / "experts").exists()
 
 
@@ -251,5 +257,5 @@ def test_experts_of_one_run_come_from_one_stage(model, tmp_path):
     with pytest.raises(ValueError, match=re.escape("would both write the run's experts")):
         checks.check(run)
     assert set(config.Slice.__dataclass_fields__["criterion"].metadata["legal"]) == set(
-        slicing._CRITERIA
+        slice._CRITERIA
     )

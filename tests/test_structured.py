@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax import convert, macs, pipeline, samplers, sharding, sites
-from sdprune_jax.aptp import losses
-from sdprune_jax.models import unet
-from sdprune_jax.pruning import bksdm, operators, structured
-from sdprune_jax.pruning.trajectory import Trajectory
+from sdprune_jax import pipeline, sharding, sites
+from sdprune_jax.files import convert
+from sdprune_jax.models import samplers, unet
+from sdprune_jax.scoring.trajectory import Trajectory
+from sdprune_jax.sites import macs
+from sdprune_jax.slicing import bksdm, operators, structured
+from sdprune_jax.training import distillation
 
 UNET = aptp_model.UNET
 COSTS = macs.by_site(UNET, (8, 8), 24)
@@ -232,7 +234,7 @@ def test_bksdm_students_are_made_of_their_teachers_first_and_last_blocks(size):
         )[1]
         for c, p in ((config, params), (TALL, teacher))
     )
-    pairs = losses.common_blocks(config, TALL)
+    pairs = distillation.common_blocks(config, TALL)
     assert len(pairs) == {"base": 7, "small": 6, "tiny": 3}[size]
     assert pairs[-1] == (len(blocks) - 1, 6)
     assert all(blocks[i].shape == of_teacher[j].shape for i, j in pairs)

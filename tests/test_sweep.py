@@ -13,23 +13,16 @@ import pytest
 import test_plan
 from jax.sharding import Mesh
 
-from sdprune_jax import (
-    checkpoint,
-    checks,
-    command_line,
-    config,
-    convert,
-    pipeline,
-    plan,
-    sharding,
-    sites,
-)
+from sdprune_jax import config, pipeline, sharding, sites
+from sdprune_jax.config import checks, command_line
 from sdprune_jax.config.pruning import Override
-from sdprune_jax.evaluate import networks, task
-from sdprune_jax.evaluate import run as evaluate
-from sdprune_jax.pruning import run as pruning
-from sdprune_jax.pruning.recorder import LayerStats
-from sdprune_jax.sweep import points, run, trial
+from sdprune_jax.evaluate import measuring, networks, task
+from sdprune_jax.files import convert, model_directory
+from sdprune_jax.scoring import calibration
+from sdprune_jax.scoring.recorder import LayerStats
+from sdprune_jax.stages import plan, sweep
+from sdprune_jax.stages import prune as pruning
+from sdprune_jax.sweep import points, trial
 
 # Of one device: to put a model on eight takes longer than all else here.
 _MESH = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
@@ -49,8 +42,11 @@ def _zeros(params):
 @functools.cache
 def _params():
     """Of the embedded model; no test changes them."""
-    model = checkpoint.open_model(checkpoint.directory_of("embedded"))
-    return {name: checkpoint.load(model, name, dtype=np.float32) for name in checkpoint.COMPONENTS}
+    model = model_directory.open_model(model_directory.directory_of("embedded"))
+    return {
+        name: model_directory.load(model, name, dtype=np.float32)
+        for name in model_directory.COMPONENTS
+    }
 
 
 @pytest.fixture
@@ -92,9 +88,9 @@ def calls(monkeypatch):
     asked = task.Task(prompts, marks, marks, len(noise), lambda i: noise[i], "state")
     monkeypatch.setattr(pipeline, "load", lambda *_: _params())
     monkeypatch.setattr(pipeline, "make_sample", lambda *_, **__: sample)
-    monkeypatch.setattr(evaluate, "load_networks", lambda *_: {"embedded": fake})
+    monkeypatch.setattr(measuring, "load_networks", lambda *_: {"embedded": fake})
     monkeypatch.setattr(task, "load", lambda *_: asked)
-    monkeypatch.setattr(pruning.Calibration, "stats", stats)
+    monkeypatch.setattr(calibration.Calibration, "stats", stats)
     return counts
 
 
@@ -109,20 +105,20 @@ def _sweep(workdir, points_, **changes):
         setattr(section, name, value)
     asked = config.Run(workdir=str(workdir), seed=5, sweep=section)
     checks.check(asked)
-    return json.loads(run.run(asked, _MESH).read_text())
+    return json.loads(sweep.run(asked, _MESH).read_text())
 
 
 def test_a_row_says_how_sparse_and_how_far_from_dense(tmp_path, calls):
     both = config.SweepPoint(config.PruneComponent(0.475), config.PruneComponent(0.25))
     table = _sweep(tmp_path, [*_unet(0.125), both])
     assert calls["render"] == 3  # dense, and two points
-    model = checkpoint.open_model(checkpoint.directory_of("embedded"))
-    flat = {n: convert.flatten(checkpoint.param_shapes(model, n)) for n in points.COMPONENTS}
+    model = model_directory.open_model(model_directory.directory_of("embedded"))
+    flat = {n: convert.flatten(model_directory.param_shapes(model, n)) for n in points.COMPONENTS}
     count = {name: sum(x.size for x in leaves.values()) for name, leaves in flat.items()}
     in_scope = {
         name: sum(
             flat[name][path].size
-            for path in sites.prunable(checkpoint.param_shapes(model, name), name, "linear")
+            for path in sites.prunable(model_directory.param_shapes(model, name), name, "linear")
         )
         for name in points.COMPONENTS
     }
@@ -152,12 +148,14 @@ def test_a_model_pruned_in_memory_is_the_one_that_stage_prune_writes(tmp_path, c
     part = config.PruneComponent(0.6, method="wanda", allocation="owl")
     section = config.Sweep(points=(config.SweepPoint(text_encoder=part),))
     asked = config.Run(workdir=str(tmp_path), sweep=section, prune=config.Prune(part))
-    model = checkpoint.open_model(checkpoint.directory_of("embedded"))
-    protocol, nothing = run._protocol(section), task.load("", "", 0, False)
+    model = model_directory.open_model(model_directory.directory_of("embedded"))
+    protocol, nothing = sweep._protocol(section), task.load("", "", 0, False)
     bench = trial.open_bench(asked, _MESH, model, protocol, nothing, (64, 64), tmp_path)
     before = {path: x.copy() for path, x in bench.flat["text_encoder"].items()}
     got, done = trial.prune(bench, "text_encoder", part, 0)
-    written = checkpoint.load(checkpoint.open_model(pruning.run(asked, _MESH)), "text_encoder")
+    written = model_directory.load(
+        model_directory.open_model(pruning.run(asked, _MESH)), "text_encoder"
+    )
     for path, x in convert.flatten(got).items():
         np.testing.assert_array_equal(x, convert.flatten(written)[path])
     record = json.loads((tmp_path / "prune.json").read_text())["components"]["text_encoder"]
@@ -210,8 +208,8 @@ def test_statistics_are_computed_once_per_component_statistic_and_seed(tmp_path,
     table = _sweep(tmp_path, asked, num_seeds=2)
     assert len(table["rows"]) == 8
     assert len(table["dense"]) == 2
-    layers = 6 * checkpoint.open_model(
-        checkpoint.directory_of("embedded")
+    layers = 6 * model_directory.open_model(
+        model_directory.directory_of("embedded")
     ).text_encoder.num_hidden_layers  # fmt: skip
     assert calls["stats"] == [(layers, "moments")] * 2
 
@@ -231,7 +229,7 @@ def test_statistics_that_do_not_fit_are_computed_in_parts_for_every_point(
     tmp_path, calls, monkeypatch
 ):
     halves = lambda _, layers, statistic: [layers[:4], layers[4:]] if statistic else []
-    monkeypatch.setattr(pruning.Calibration, "packages", halves)
+    monkeypatch.setattr(calibration.Calibration, "packages", halves)
     asked = [
         config.SweepPoint(text_encoder=config.PruneComponent(s, method="wanda")) for s in (0.2, 0.4)
     ]
@@ -303,7 +301,7 @@ def test_what_would_end_a_sweep_later_is_told_at_once(tmp_path):
     section = config.Sweep(points=(config.SweepPoint(unet=wrong), config.SweepPoint(wrong)))
     section.measure = config.Evaluate(protocol="sd2prune-paper", num_images=1)
     with pytest.raises(ValueError, match=r"config\.sweep is not possible") as error:
-        run.run(config.Run(workdir=str(tmp_path / "work"), sweep=section), sharding.make_mesh())
+        sweep.run(config.Run(workdir=str(tmp_path / "work"), sweep=section), sharding.make_mesh())
     for words in (
         "num_images is 1", "set config.sweep.measure.data", "needs the network inception",
         "points[0].unet: ", "points[1].text_encoder: ", "pattern=2:4 removes 0.5",
@@ -318,7 +316,7 @@ def test_overrides_that_match_nothing_or_put_the_cliff_out_of_reach_are_told_at_
     section = config.Sweep(points=(config.SweepPoint(unet=late), config.SweepPoint(unet=high)))
     section.cliff = config.Cliff()
     with pytest.raises(ValueError, match=r"config\.sweep is not possible") as error:
-        run.run(config.Run(workdir=str(tmp_path / "work"), sweep=section), _MESH)
+        sweep.run(config.Run(workdir=str(tmp_path / "work"), sweep=section), _MESH)
     for words in (
         "points[0].unet: ", "*.atn1.* matches none", "did you mean attn1",
         "cliff.highest, series 1.unet: ", "a sparsity of 0.95 is out of reach",
@@ -372,8 +370,8 @@ def test_a_point_whose_layers_have_their_own_sparsity_is_counted_and_named():
     own = (Override("*.attn2.*", 0.1), Override("time_*"))
     part = config.PruneComponent(0.5, pattern="2:4", overrides=own)
     assert points.method(part) == "magnitude, 2:4, *.attn2.* at 0.1, time_* at 0"
-    model = checkpoint.open_model(checkpoint.directory_of("embedded"))
-    shapes = {name: checkpoint.param_shapes(model, name) for name in points.COMPONENTS}
+    model = model_directory.open_model(model_directory.directory_of("embedded"))
+    shapes = {name: model_directory.param_shapes(model, name) for name in points.COMPONENTS}
     flat = convert.flatten(shapes["unet"])
     sizes = {p: flat[p].size for p in sites.prunable(shapes["unet"], "unet", "linear")}
     attn2 = [path for path in sizes if ".attn2." in path]

@@ -10,7 +10,7 @@ import pytest
 
 from sdprune_jax import sharding
 from sdprune_jax.models import unet
-from sdprune_jax.pruning import masks
+from sdprune_jax.scoring import masks
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
 import aot_compile

@@ -14,7 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from sdprune_jax import config, sharding, train
+from sdprune_jax import config, sharding
+from sdprune_jax.training import loop
 
 _STEPS = 12
 _PARAMS = {"w": np.linspace(-1, 1, 32 * 16, dtype=np.float32).reshape(32, 16)}
@@ -27,14 +28,14 @@ def _loss(params, frozen, batch, key):
 
 
 def _batch_at(step):
-    rows = train.rows_of_batch(40, 16, step, seed=0)
+    rows = loop.rows_of_batch(40, 16, step, seed=0)
     x = np.random.default_rng(0).normal(size=(40, 32)).astype(np.float32)
     return {"x": x[rows], "y": np.ones((16, 16), np.float32)}
 
 
 def _fit(directory, batch_at=_batch_at, log_every=1, mesh=None, loss=_loss, num_steps=_STEPS):
-    return train.fit(
-        loss, _PARAMS, train.adamw(1e-2, 2, _STEPS, 0.1, 1.0), batch_at,
+    return loop.fit(
+        loss, _PARAMS, loop.adamw(1e-2, 2, _STEPS, 0.1, 1.0), batch_at,
         {"scale": jnp.float32(2.0)}, mesh=mesh or sharding.make_mesh(1, jax.device_count()),
         num_steps=num_steps, ema_decay=0.9, seed=3, directory=directory, log_every=log_every,
         save_every=4,
@@ -44,8 +45,8 @@ def _fit(directory, batch_at=_batch_at, log_every=1, mesh=None, loss=_loss, num_
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 8), (8, 1), (2, 4)])
 def test_a_step_does_not_depend_on_the_mesh(data, fsdp):
     mesh = sharding.make_mesh(data, fsdp)
-    optimizer = train.adamw(1e-2, 0, 10, 0.1, 1.0)
-    state = train.init_state(jax.tree.map(jnp.asarray, _PARAMS), optimizer)
+    optimizer = loop.adamw(1e-2, 0, 10, 0.1, 1.0)
+    state = loop.init_state(jax.tree.map(jnp.asarray, _PARAMS), optimizer)
     batch, scale = _batch_at(0), jnp.float32(2.0)
     (loss, _), grads = jax.value_and_grad(_loss, has_aux=True)(
         state.params, {"scale": scale}, batch, jax.random.fold_in(jax.random.key(1), 0)
@@ -54,7 +55,7 @@ def test_a_step_does_not_depend_on_the_mesh(data, fsdp):
     want = optax.apply_updates(state.params, updates)
 
     shardings = sharding.fsdp_shardings(state, mesh, min_bytes=0)
-    step = train.make_train_step(_loss, optimizer, mesh, shardings, ema_decay=0.9)
+    step = loop.make_train_step(_loss, optimizer, mesh, shardings, ema_decay=0.9)
     state, metrics = step(
         jax.device_put(state, shardings), {"scale": scale}, batch, jax.random.key(1)
     )
@@ -69,8 +70,8 @@ def test_a_step_does_not_depend_on_the_mesh(data, fsdp):
 
 def test_losses_see_whole_weights_and_the_state_stays_split():
     mesh = sharding.make_mesh(2, 4)
-    optimizer = train.adamw(1e-2, 0, 10, 0.1, 1.0)
-    state = jax.eval_shape(lambda p: train.init_state(p, optimizer), _PARAMS)
+    optimizer = loop.adamw(1e-2, 0, 10, 0.1, 1.0)
+    state = jax.eval_shape(lambda p: loop.init_state(p, optimizer), _PARAMS)
     shardings = sharding.fsdp_shardings(state, mesh, min_bytes=0)
     placed = jax.ShapeDtypeStruct((4, 8), np.float32, sharding=shardings.params["w"])
     seen = []
@@ -80,7 +81,7 @@ def test_losses_see_whole_weights_and_the_state_stays_split():
             jax.debug.inspect_array_sharding(x, callback=seen.append)
         return _loss(params, frozen, batch, key)
 
-    step = train.make_train_step(loss_fn, optimizer, mesh, shardings, ema_decay=0.9)
+    step = loop.make_train_step(loss_fn, optimizer, mesh, shardings, ema_decay=0.9)
     frozen = {"scale": jnp.float32(1.0), "teacher": placed}
     compiled = step.lower(state, frozen, _batch_at(0), jax.random.key(0)).compile()
     assert len(seen) == 2
@@ -90,13 +91,13 @@ def test_losses_see_whole_weights_and_the_state_stays_split():
 
 
 def test_every_row_is_seen_once_an_epoch():
-    seen = np.concatenate([train.rows_of_batch(10, 4, step, seed=5) for step in range(5)])
+    seen = np.concatenate([loop.rows_of_batch(10, 4, step, seed=5) for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert list(seen[:10]) != list(seen[10:])
 
 
 def test_data_of_fewer_rows_than_a_batch_is_repeated_evenly():
-    batches = [train.rows_of_batch(3, 8, step, seed=5) for step in range(3)]
+    batches = [loop.rows_of_batch(3, 8, step, seed=5) for step in range(3)]
     assert np.bincount(np.concatenate(batches)).tolist() == [8, 8, 8]
     assert all(np.bincount(rows, minlength=3).min() >= 2 for rows in batches)
 
@@ -263,10 +264,10 @@ def _broken_from(first, last):
 
 
 def test_a_step_that_is_not_finite_moves_nothing_but_its_number():
-    mesh, optimizer = sharding.make_mesh(1, 8), train.adamw(1e-2, 0, 10, 0.1, 1.0)
-    state = train.init_state(jax.tree.map(jnp.asarray, _PARAMS), optimizer)
+    mesh, optimizer = sharding.make_mesh(1, 8), loop.adamw(1e-2, 0, 10, 0.1, 1.0)
+    state = loop.init_state(jax.tree.map(jnp.asarray, _PARAMS), optimizer)
     shardings = sharding.fsdp_shardings(state, mesh, min_bytes=0)
-    step = train.make_train_step(_loss, optimizer, mesh, shardings, ema_decay=0.9)
+    step = loop.make_train_step(_loss, optimizer, mesh, shardings, ema_decay=0.9)
     before = jax.device_get(state)
     batch = sharding.place(_broken_from(0, 0)(0), sharding.batch_sharding(mesh))
     after, metrics = step(
@@ -315,7 +316,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path
 @pytest.mark.parametrize(("num_evals", "steps"), [(0, []), (2, [3, 6])])
 def test_a_training_is_evaluated_as_often_as_its_section_says(tmp_path, num_evals, steps):
     section = config.Training(num_steps=6, batch_size=16, warmup_steps=2, num_evals=num_evals)
-    train.fit_section(
+    loop.fit_section(
         section, _loss, _PARAMS, _batch_at, {"scale": jnp.float32(2.0)},
         lambda params: {"val_size": float(jnp.linalg.norm(params["w"]))}, 0,
         sharding.make_mesh(1, jax.device_count()), tmp_path,

@@ -13,9 +13,14 @@ import pytest
 from aptp_toy import TOY
 from jax.sharding import Mesh
 
-from sdprune_jax import checkpoint, config, macs, sharding, sites
-from sdprune_jax.aptp import codebook, data, gates, layout, pictures, router, train_router
+from sdprune_jax import config, sharding, sites
+from sdprune_jax.aptp import codebook, gates, layout, router, router_training
+from sdprune_jax.data import pictures
+from sdprune_jax.files import model_directory
 from sdprune_jax.models import unet
+from sdprune_jax.sites import macs
+from sdprune_jax.stages import router as router_stage
+from sdprune_jax.training import encoded
 
 LAYOUT = aptp_model.LAYOUT
 SECTION = config.Router(
@@ -43,8 +48,8 @@ def _batch(warms_up=False):
 
 def _loss(model, **changes):
     section = dataclasses.replace(SECTION, **changes)
-    costs = train_router.budget_costs(section, model, (4, 6))
-    return train_router.make_loss(section, model, costs, LAYOUT)
+    costs = router_training.budget_costs(section, model, (4, 6))
+    return router_training.make_loss(section, model, costs, LAYOUT)
 
 
 def _inputs():
@@ -143,13 +148,13 @@ def _run(model, workdir, **changes):
 
 def test_interrupted_training_goes_on_to_the_same_bits(model, tmp_path, monkeypatch):
     mesh, whole, killed = sharding.make_mesh(4, 2), tmp_path / "whole", tmp_path / "killed"
-    output = train_router.run(_run(model, whole), mesh)
+    output = router_stage.run(_run(model, whole), mesh)
     record = json.loads((output / "router.json").read_text())
     assert record["figures"]["val_codes_used"] >= 1
     assert 0 < record["figures"]["lowest_macs"] <= record["figures"]["highest_macs"] <= 1
     before = (output / "model.safetensors").read_bytes()
 
-    batch, calls = data.Examples.batch, []
+    batch, calls = encoded.Examples.batch, []
 
     def fails(self, rows, seed):
         calls.append(seed)
@@ -157,21 +162,23 @@ def test_interrupted_training_goes_on_to_the_same_bits(model, tmp_path, monkeypa
             raise KeyboardInterrupt
         return batch(self, rows, seed)
 
-    monkeypatch.setattr(data.Examples, "batch", fails)
+    monkeypatch.setattr(encoded.Examples, "batch", fails)
     with pytest.raises(KeyboardInterrupt):
-        train_router.run(_run(model, killed), mesh)
+        router_stage.run(_run(model, killed), mesh)
     assert not (killed / "router" / "router.json").exists()
     with pytest.raises(ValueError, match=r"learning_rate was 0.002, is 0.5(?s:.*)say --force"):
-        train_router.run(_run(model, killed, learning_rate=0.5), mesh)
-    monkeypatch.setattr(data.Examples, "batch", batch)
-    train_router.run(_run(model, killed), mesh)
+        router_stage.run(_run(model, killed, learning_rate=0.5), mesh)
+    monkeypatch.setattr(encoded.Examples, "batch", batch)
+    router_stage.run(_run(model, killed), mesh)
     assert (killed / "router" / "model.safetensors").read_bytes() == before
     assert len(calls) == 4
 
-    monkeypatch.setattr(data.Examples, "batch", fails)  # not called: the output is complete
-    assert train_router.run(_run(model, whole), mesh) == output
+    monkeypatch.setattr(encoded.Examples, "batch", fails)  # not called: the output is complete
+    assert router_stage.run(_run(model, whole), mesh) == output
     assert len(calls) == 4
-    params, section, _ = train_router.load(whole, checkpoint.open_model(model.directory), mesh)
+    params, section, _ = router_training.load(
+        whole, model_directory.open_model(model.directory), mesh
+    )
     assert section == SECTION
     seeded = gates.soft_gates(params["codes"], gates.MEDIAN_NOISE, LAYOUT)
     assert np.ptp(np.asarray(seeded), axis=0).max() > 0.01  # the codes are no longer alike
@@ -181,12 +188,12 @@ def test_data_is_the_prompts_of_every_picture_and_computed_once(model, tmp_path,
     mesh, section = sharding.make_mesh(), dataclasses.replace(aptp_model.DATA, flips=True)
     pairs = pictures.load(section, "train")
     prompts = pictures.prompts(section, pairs, "train", 0)
-    make = functools.partial(data.examples, section, model, pairs, prompts.texts, mesh, tmp_path)
+    make = functools.partial(encoded.examples, section, model, pairs, prompts.texts, mesh, tmp_path)
     first = make()
     assert first.embedding.shape == (48, 12)
     assert first.mean.shape == (24, 2, 8, 8, 4)
     assert np.abs(first.mean[:, 0] - first.mean[:, 1]).max() > 1e-3
-    monkeypatch.setattr(checkpoint, "load", None)  # nothing is computed again
+    monkeypatch.setattr(model_directory, "load", None)  # nothing is computed again
     np.testing.assert_array_equal(make().states, first.states)
     rows = np.array([0, 1, 47])
     batch = first.batch(rows, [3])
@@ -202,7 +209,7 @@ def test_budget_that_nothing_keeps_is_refused_before_pictures_are_encoded(model,
     section = dataclasses.replace(SECTION, macs_budget=0.02)
     run = config.Run(workdir=str(tmp_path / "run"), model=str(model.directory), router=section)
     with pytest.raises(ValueError, match=r"macs_budget is 0\.02.* expected from 0\."):
-        train_router.run(run, sharding.make_mesh())
+        router_stage.run(run, sharding.make_mesh())
     assert not (tmp_path / "run").exists()
 
 
@@ -211,10 +218,10 @@ def test_lowest_share_is_one_unit_a_site_and_no_block_that_can_go():
     whole = unet.UNetConfig()
     layout_of_sd2 = layout.layout_of(sites.table(whole))
     costs = macs.by_site(whole, (32, 32), 77, "paper")
-    assert train_router.lowest_share(costs, layout_of_sd2) == pytest.approx(0.1671, abs=5e-5)
+    assert router_training.lowest_share(costs, layout_of_sd2) == pytest.approx(0.1671, abs=5e-5)
 
 
 def test_unknown_encoder_is_refused(model):
     section = config.RouterData(encoder="nowhere")
     with pytest.raises(ValueError, match="`text_encoder` or a directory of sentence-transformers"):
-        data.embeddings(section, model, ["a cat"], sharding.make_mesh(), None)
+        encoded.embeddings(section, model, ["a cat"], sharding.make_mesh(), None)

@@ -43,7 +43,8 @@ from absl import flags
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from sdprune_jax import command_line, sharding
+from sdprune_jax import sharding
+from sdprune_jax.config import command_line
 
 _GRIDS = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 

@@ -10,15 +10,19 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sdprune_jax import checkpoint, config, pipeline, sharding, sites, train
-from sdprune_jax.aptp import codebook, data, distillation, pictures, router, train_router
+from sdprune_jax import config, pipeline, sharding, sites
+from sdprune_jax.aptp import codebook, router, router_training
 from sdprune_jax.aptp.layout import layout_of
+from sdprune_jax.data import pictures
 from sdprune_jax.evaluate.protocols import PROTOCOLS
+from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import features
 from sdprune_jax.models import inception, unet
 from sdprune_jax.pretrain import autoencoder, contrastive, denoiser
-from sdprune_jax.pruning import calibrate, methods
-from sdprune_jax.pruning import run as prune
+from sdprune_jax.pruning import methods
+from sdprune_jax.scoring import calibrate
+from sdprune_jax.scoring.calibration import Calibration
+from sdprune_jax.training import distillation, encoded, loop
 
 _Shape = jax.ShapeDtypeStruct
 _NUM_WORDS = 2048  # of a tokenizer that is not trained yet; no step of the UNet depends on it
@@ -45,7 +49,7 @@ def lower(run: config.Run, stage: str, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def batch_shapes(
-    model: checkpoint.Model, batch_size: int, size: int, stage: str, mesh: Mesh, width: int
+    model: model_directory.Model, batch_size: int, size: int, stage: str, mesh: Mesh, width: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What `aptp.data.Examples.batch` gives a stage; `width` is that of embedded prompts."""
     text, latent = model.text_encoder, (size, size, model.unet.in_channels)
@@ -61,31 +65,34 @@ def batch_shapes(
 
 
 def _router(run: config.Run, section: config.Router, mesh: Mesh) -> jax.stages.Lowered:
-    model = checkpoint.open_model(checkpoint.directory_of(run.model))
+    model = model_directory.open_model(model_directory.directory_of(run.model))
     _check("router", section.batch_size, mesh)
     size, layout = _latent_size(section.data, model), layout_of(sites.table(model.unet))
-    costs = train_router.budget_costs(section, model, (section.latent_size or size,) * 2)
-    loss_fn = train_router.make_loss(section, model, costs, layout, jnp.dtype(run.dtype))
-    width = data.encoder_of(section.data, model).hidden_size
+    costs = router_training.budget_costs(section, model, (section.latent_size or size,) * 2)
+    loss_fn = router_training.make_loss(section, model, costs, layout, jnp.dtype(run.dtype))
+    width = encoded.encoder_of(section.data, model).hidden_size
     params = jax.eval_shape(
         lambda: jax.tree.map(jnp.asarray, router.init_params(layout, width, section.num_codes, 0))
     )
     batch = batch_shapes(model, section.batch_size, size, "router", mesh, width)
     optimizer, frozen = (
         codebook.make_optimizer(section, None),
-        checkpoint.param_shapes(model, "unet"),
+        model_directory.param_shapes(model, "unet"),
     )
     return _step(loss_fn, optimizer, params, frozen, batch, section.ema_decay, mesh)
 
 
 def _finetune(run: config.Run, section: config.Finetune, mesh: Mesh) -> jax.stages.Lowered:
-    model, training = checkpoint.open_model(checkpoint.directory_of(run.model)), section.training
+    model, training = (
+        model_directory.open_model(model_directory.directory_of(run.model)),
+        section.training,
+    )
     _check("finetune.training", training.batch_size, mesh)
-    params, text = checkpoint.param_shapes(model, "unet"), model.text_encoder
+    params, text = model_directory.param_shapes(model, "unet"), model.text_encoder
     null = _Shape((1, text.max_position_embeddings, text.hidden_size), jnp.float32)
     source = run.router or run.slice  # of the experts
     of = source.data if source else config.RouterData()
-    size, width = _latent_size(of, model), data.encoder_of(of, model).hidden_size
+    size, width = _latent_size(of, model), encoded.encoder_of(of, model).hidden_size
     return _step(
         distillation.make_loss(section, model, model.unet, jnp.dtype(run.dtype)),
         distillation.make_optimizer(section), params, {"teacher": params, "null": null},
@@ -107,7 +114,7 @@ def _pretrain(run: config.Run, section: config.Pretrain, mesh: Mesh) -> jax.stag
         "log_variance": _Shape(latent, jnp.float32),
         "text": _Shape((training.batch_size, *text), jnp.float16),
     }
-    optimizer = train.adamw(
+    optimizer = loop.adamw(
         training.learning_rate, training.warmup_steps, training.num_steps, training.weight_decay,
         training.clip_norm, training.cycles,
     )  # fmt: skip
@@ -129,9 +136,9 @@ def _prune(run: config.Run, section: config.Prune, mesh: Mesh) -> jax.stages.Low
             f" one of {', '.join(fit)}"
         )
     _check("prune.calibration", section.calibration.batch_size, mesh)
-    model = checkpoint.open_model(checkpoint.directory_of(run.model))
-    layers = sites.prunable(checkpoint.param_shapes(model, "unet"), "unet", part.scope)
-    calibration = prune.Calibration(section.calibration, model, "unet", mesh, seed=0, variant="")
+    model = model_directory.open_model(model_directory.directory_of(run.model))
+    layers = sites.prunable(model_directory.param_shapes(model, "unet"), "unet", part.scope)
+    calibration = Calibration(section.calibration, model, "unet", mesh, seed=0, variant="")
     first = calibration.packages(layers, statistic)[0]
     statistic = statistic.removeprefix("weighted_")
     return calibrate.lower_unet(model, mesh, first, statistic, calibration.trajectory())
@@ -165,12 +172,13 @@ def _sampler(
 ) -> jax.stages.Lowered:
     """Prompts to pictures of `size` pixels; None is the model's own."""
     _check(stage, batch_size, mesh)
-    model = checkpoint.open_model(checkpoint.directory_of(run.model))
+    model = model_directory.open_model(model_directory.directory_of(run.model))
     program = pipeline.sample_program(
         model, mesh, sampler, num_steps, guidance_scale > 1, jnp.dtype(run.dtype)
     )
     params = {
-        name: _sharded(checkpoint.param_shapes(model, name), mesh) for name in checkpoint.COMPONENTS
+        name: _sharded(model_directory.param_shapes(model, name), mesh)
+        for name in model_directory.COMPONENTS
     }
     own, length = model.unet.sample_size, model.text_encoder.max_position_embeddings
     h, w = (pixels // model.vae.downscale if pixels else own for pixels in size)
@@ -199,7 +207,7 @@ def _features(run: config.Run, section: config.Evaluate, mesh: Mesh) -> jax.stag
 
 
 def _step(
-    loss_fn: train.LossFn,
+    loss_fn: loop.LossFn,
     optimizer: optax.GradientTransformation,
     params: Any,
     frozen: Any,
@@ -207,14 +215,14 @@ def _step(
     ema_decay: float,
     mesh: Mesh,
 ) -> jax.stages.Lowered:
-    state = jax.eval_shape(functools.partial(train.init_state, optimizer=optimizer), params)
+    state = jax.eval_shape(functools.partial(loop.init_state, optimizer=optimizer), params)
     places = sharding.fsdp_shardings(state, mesh)
-    step: Any = train.make_train_step(loss_fn, optimizer, mesh, places, ema_decay)
+    step: Any = loop.make_train_step(loss_fn, optimizer, mesh, places, ema_decay)
     key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=sharding.replicated(mesh))
     return step.lower(_sharded(state, mesh), _sharded(frozen, mesh), batch, key)
 
 
-def _latent_size(of: config.RouterData, model: checkpoint.Model) -> int:
+def _latent_size(of: config.RouterData, model: model_directory.Model) -> int:
     return pictures.size(of) // model.vae.downscale
 
 

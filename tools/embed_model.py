@@ -21,8 +21,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdprune_jax import checkpoint, pipeline, sharding
+from sdprune_jax import pipeline, sharding
 from sdprune_jax.data import captions, emoji, tokenizer
+from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import embedded
 
 STEPS, SEED, BATCH = 25, 0, 24
@@ -39,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=pathlib.Path, help="working directory of stage `pretrain`")
     run = parser.parse_args().run
-    target = checkpoint.directory_of("embedded")
+    target = model_directory.directory_of("embedded")
     shutil.rmtree(target, ignore_errors=True)  # with `report.png` of the README: make it anew
     shutil.copytree(run / "model", target)
     logs = {name: _log(run / "pretrain" / name) for name in _CURVES}
@@ -85,7 +86,7 @@ def _last(log: list[dict[str, float]], key: str) -> float:
 
 def _drawer(target: pathlib.Path) -> Callable[[str, int, float], tuple]:
     """From split, count and guidance to images, captions, concepts and styles."""
-    model = checkpoint.open_model(target)
+    model = model_directory.open_model(target)
     mesh = sharding.make_mesh()
     params = pipeline.load(model, mesh)
     sample = pipeline.make_sample(model, mesh, sampler=None, num_steps=STEPS, guided=True)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from absl import flags
 
-from sdprune_jax import command_line
+from sdprune_jax.config import command_line
 
 _SECONDS = 3600  # for a part to come to an end
 _TOLERANCE = 1e-4

@@ -12,10 +12,11 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int32
 
-from sdprune_jax import checkpoint, config, convert, macs, sharding, sites, tensors
-from sdprune_jax.aptp import pictures
-from sdprune_jax.data import emoji
+from sdprune_jax import config, sharding, sites
+from sdprune_jax.data import emoji, pictures
+from sdprune_jax.files import convert, model_directory, tensors
 from sdprune_jax.models import unet
+from sdprune_jax.sites import macs
 
 _RECORD = "experts.json"
 
@@ -83,7 +84,7 @@ def is_written(work: pathlib.Path, made_from: str) -> bool:
 
 def write(
     run: config.Run,
-    model: checkpoint.Model,
+    model: model_directory.Model,
     dense: Any,
     cuts: Iterable[Cut],
     purpose: Purpose,
@@ -124,9 +125,11 @@ def write(
     for index, cut in enumerate(cuts):
         name = f"{index:02d}"
         sliced = dataclasses.replace(model, unet=cut.unet)
-        checkpoint.save(sliced, {"unet": cut.params}, partial / name, dtype=dtype, variant=variant)
+        model_directory.save(
+            sliced, {"unet": cut.params}, partial / name, dtype=dtype, variant=variant
+        )
         if cut.padded is not None:
-            checkpoint.save(
+            model_directory.save(
                 model, {"unet": cut.padded}, partial / f"{name}_dense", dtype=dtype, variant=variant
             )
         own = {

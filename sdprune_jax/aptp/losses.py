@@ -5,87 +5,18 @@ Source: APTP, ICLR 2025 (https://arxiv.org/abs/2406.12042) and its authors' code
 """
 
 import math
-from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sdprune_jax import diffusion, macs
 from sdprune_jax.aptp import gates as gating
 from sdprune_jax.aptp import router
 from sdprune_jax.aptp.layout import Layout
-from sdprune_jax.models import unet
+from sdprune_jax.sites import macs
 
 RESOURCE_KINDS = ("log", "absolute", "squared")
-SNR_WEIGHTS = ("published", "min_snr")
-
-
-def weighted_sum(
-    parts: Mapping[str, Float[Array, ""]], weights: Mapping[str, float]
-) -> Float[Array, ""]:
-    """Sums losses by the weights of their names; a loss without a weight is an error."""
-    return sum((weights[name] * loss for name, loss in parts.items()), start=jnp.zeros(()))
-
-
-def denoising(
-    prediction: Float[Array, "b h w c"],
-    target: Float[Array, "b h w c"],
-    alpha_cumprod: Float[Array, " b"],
-    prediction_type: str,
-    gamma: float | None = 5.0,
-    snr_weight: str = "published",
-) -> Float[Array, ""]:
-    """Squared error, weighed by the signal-to-noise ratio of each example.
-
-    Args:
-        prediction: of the UNet.
-        target: of `diffusion.training_target`.
-        alpha_cumprod: of each example.
-        prediction_type: "epsilon" or "v_prediction".
-        gamma: the largest ratio that counts; None weighs all examples the same.
-        snr_weight: for velocities alone. "published" is `min(snr + 1, gamma) / (snr + 1)`, which is
-            1 for all but the least noise; "min_snr" is `min(snr, gamma) / (snr + 1)`, as derived.
-    """
-    assert snr_weight in SNR_WEIGHTS, snr_weight
-    error = jnp.mean((prediction - target) ** 2, axis=(1, 2, 3))
-    if gamma is None:
-        return error.mean()
-    snr = alpha_cumprod / (1 - alpha_cumprod)
-    if prediction_type == "v_prediction" and snr_weight == "published":
-        snr, prediction_type = snr + 1, "epsilon"
-    return jnp.mean(diffusion.min_snr_weight(snr, gamma, prediction_type) * error)
-
-
-def output_distillation(
-    student: Float[Array, "b h w c"], teacher: Float[Array, "b h w c"]
-) -> Float[Array, ""]:
-    """Squared error to the prediction of the ungated UNet."""
-    return jnp.mean((student - jax.lax.stop_gradient(teacher)).astype(jnp.float32) ** 2)
-
-
-def block_distillation(
-    student: Sequence[Float[Array, "b ..."]], teacher: Sequence[Float[Array, "b ..."]]
-) -> Float[Array, ""]:
-    """Mean over the blocks (`return_blocks` of the UNet) of their squared errors."""
-    errors = [output_distillation(s, t) for s, t in zip(student, teacher, strict=True)]
-    return jnp.stack(errors).mean()
-
-
-def common_blocks(student: unet.UNetConfig, teacher: unet.UNetConfig) -> list[tuple[int, int]]:
-    """Which outputs of `return_blocks` are of the same block: (the student's, the teacher's) index.
-
-    A student may lack the middle block and the teacher's innermost levels. The down block that has
-    become its innermost is left out: it no longer resamples.
-    """
-    few, many = len(student.block_out_channels), len(teacher.block_out_channels)
-    pairs = [(i, i) for i in range(few if few == many else few - 1)]
-    middles = [int(config.mid_block_type is not None) for config in (student, teacher)]
-    if all(middles) and few == many:
-        pairs.append((few, many))
-    first = (few + middles[0], many + middles[1] + many - few)
-    return pairs + [(first[0] + i, first[1] + i) for i in range(few)]
 
 
 def site_shares(costs: macs.SiteMacs, layout: Layout) -> Float[np.ndarray, " sites"]:

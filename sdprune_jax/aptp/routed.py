@@ -8,9 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from sdprune_jax import checkpoint
-from sdprune_jax.aptp import expert_files, experts
+from sdprune_jax.aptp import assignment, expert_files
 from sdprune_jax.data import cache
+from sdprune_jax.files import model_directory
 
 Directories = Mapping[str, tuple[pathlib.Path, ...]]  # by model
 
@@ -63,14 +63,14 @@ def states(directories: Directories, workdir: pathlib.Path) -> dict[str, list[An
             " with --config.finetune=build, or remove it"
         )
     if len(paths) > 1:
-        found["routed"].append(experts.read_assignment(workdir)["made_from"])
+        found["routed"].append(assignment.read_assignment(workdir)["made_from"])
     return found
 
 
 def models(
     directories: Directories,
     workdir: pathlib.Path,
-    dense: checkpoint.Model,
+    dense: model_directory.Model,
     texts: Sequence[str],
     mesh: Mesh,
 ) -> dict[str, Drawn]:
@@ -82,7 +82,7 @@ def models(
     one = np.zeros(len(texts), np.int32)
     return {
         name: Drawn(
-            paths, experts.of_prompts(workdir, dense, texts, mesh) if name == "routed" else one
+            paths, assignment.of_prompts(workdir, dense, texts, mesh) if name == "routed" else one
         )
         for name, paths in directories.items()
     }

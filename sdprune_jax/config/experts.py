@@ -11,7 +11,7 @@ from sdprune_jax.config.training import Training
 class RouterData:
     """What the router and the experts are trained on."""
 
-    # cc3m, coco: Conceptual Captions, COCO 2014, as tools/prepare_data.py wrote them to directory.
+    # cc3m, coco: Conceptual Captions, COCO 2014, as sdprune prepare-data wrote them to directory.
     dataset: str = of("embedded", "embedded", "cc3m", "coco")
     directory: str = ""
     image_size: int = within(256, 8, 8192)  # pixels; of the embedded ones, 64 always

@@ -159,7 +159,7 @@ def load(
         other = _path(builder, data_dir, split, not has_images)
         hint = f"; {other} is there, with{' no' if has_images else ''} pictures"
         raise ValueError(
-            f"there is no dataset {path}: make it with tools/prepare_data.py"
+            f"there is no dataset {path}: make it with sdprune prepare-data"
             f"{hint if other.exists() else ''}"
         )
     return _open(path)[0]

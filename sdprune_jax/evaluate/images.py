@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdprune_jax import pipeline, sharding
-from sdprune_jax.checkpoint import Model
+from sdprune_jax.files.model_directory import Model
 
 
 def complete(

@@ -3,9 +3,10 @@
 import hashlib
 import pathlib
 
-from sdprune_jax import config, tensors
+from sdprune_jax import config
 from sdprune_jax.evaluate import networks
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
+from sdprune_jax.files import tensors
 
 _WITH_PICTURES = ("kid", "cmmd")  # kinds that no statistics of the reference pictures replace
 
@@ -39,7 +40,7 @@ def problems(section: config.Evaluate, protocol: Protocol, edge: int | None, key
     if protocol.data != "embedded" and not section.data:
         found.append(
             f"the protocol {name} draws from {protocol.data}: set {key}.data to a directory that"
-            " tools/prepare_data.py wrote"
+            " sdprune prepare-data wrote"
         )
     if protocol.data == "bksdm" and not section.references:
         found.append(

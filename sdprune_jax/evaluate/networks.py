@@ -11,8 +11,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, UInt8
 
-from sdprune_jax import checkpoint, tensors
 from sdprune_jax.data import tokenizer
+from sdprune_jax.files import model_directory, tensors
 from sdprune_jax.metrics import embedded, features
 from sdprune_jax.models import clip, inception, lpips
 
@@ -27,12 +27,12 @@ class Network(NamedTuple):
     scorer: embedded.Scorer | None  # of the embedded CLIP
 
 
-def load(name: str, directory: str, model: checkpoint.Model) -> Network:
+def load(name: str, directory: str, model: model_directory.Model) -> Network:
     """Loads a network by its name in a protocol.
 
     Args:
         name: "embedded", "inception", "lpips" (of pairs of images), or that of a CLIP.
-        directory: holds a directory of each name, as tools/convert_metric_weights.py writes them.
+        directory: holds a directory of each name, as sdprune convert-metric-weights writes them.
         model: the dense one. Its tokenizer is used for a CLIP that has none of its own: those of
             OpenAI and of OpenCLIP read the same, but that Stable Diffusion 2's takes "!" for
             padding; and no token after the end of a text counts.
@@ -47,13 +47,13 @@ def load(name: str, directory: str, model: checkpoint.Model) -> Network:
         embed = functools.partial(_embed_small, scorer.model)
         return Network(embed, scorer.params, scorer.embed_texts, weights, scorer)
     if name == "inception":
-        params = checkpoint.load_params(here, inception.param_shapes(), dtype=np.float32)
+        params = model_directory.load_params(here, inception.param_shapes(), dtype=np.float32)
         return Network(_embed_inception, params, None, weights, None)
     if name == "lpips":
-        params = checkpoint.load_params(here, lpips.param_shapes(), dtype=np.float32)
+        params = model_directory.load_params(here, lpips.param_shapes(), dtype=np.float32)
         return Network(_embed_pairs, params, None, weights, None)
     settings = clip.CLIPConfig.from_json(tensors.read_json(here / "config.json"))
-    params = checkpoint.load_params(here, clip.clip_param_shapes(settings), dtype=np.float32)
+    params = model_directory.load_params(here, clip.clip_param_shapes(settings), dtype=np.float32)
     own = any((here / file).is_file() for file in ("vocab.json", "tokenizer.json"))
     folder = here if own else model.directory / "tokenizer"
     words = tokenizer.load(folder)
@@ -67,7 +67,9 @@ def load(name: str, directory: str, model: checkpoint.Model) -> Network:
     return Network(embed, params, scorer.embed_texts, weights, None)
 
 
-def load_lpips(directory: str, model: checkpoint.Model, size: tuple[int, int]) -> Network | None:
+def load_lpips(
+    directory: str, model: model_directory.Model, size: tuple[int, int]
+) -> Network | None:
     """Loads "lpips" if `directory` has it: no protocol needs it.
 
     Args:
@@ -96,12 +98,12 @@ def path(directory: str, name: str) -> pathlib.Path:
         ValueError: if it does not.
     """
     if name == "embedded":
-        return checkpoint.directory_of("embedded") / "clip"
+        return model_directory.directory_of("embedded") / "clip"
     here = pathlib.Path(directory) / name
     if not directory or not here.is_dir():
         raise ValueError(
             f"the protocol needs the network {name}, and {here} is no directory: convert its"
-            " weights with tools/convert_metric_weights.py"
+            " weights with sdprune convert-metric-weights"
         )
     return here
 

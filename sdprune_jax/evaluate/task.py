@@ -28,7 +28,7 @@ def load(data: str, directory: str, num_images: int, has_references: bool) -> Ta
 
     Args:
         data: of a `Protocol`.
-        directory: where `tools/prepare_data.py` wrote it; the embedded data needs none.
+        directory: where `sdprune prepare-data` wrote it; the embedded data needs none.
         num_images: prompts wanted, the first of those of the protocol.
         has_references: whether pictures are needed, not the captions alone.
 
@@ -43,7 +43,7 @@ def load(data: str, directory: str, num_images: int, has_references: bool) -> Ta
     if not directory:
         raise ValueError(
             f"the protocol draws from {data}: set config.evaluate.data to a directory that"
-            " tools/prepare_data.py wrote"
+            " sdprune prepare-data wrote"
         )
     if data == "bksdm":
         texts = [row.caption for row in sampling.bksdm(pathlib.Path(directory) / "metadata.csv")]

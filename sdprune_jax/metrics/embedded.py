@@ -12,9 +12,9 @@ import numpy as np
 import transformers
 from jaxtyping import Bool, Float, Int, Int32
 
-from sdprune_jax import checkpoint
 from sdprune_jax.data import captions, emoji, tokenizer
 from sdprune_jax.data.cache import in_batches
+from sdprune_jax.files import model_directory
 from sdprune_jax.models import clip
 
 
@@ -96,5 +96,7 @@ class Scorer:
 def load_scorer(directory: pathlib.Path, words: transformers.CLIPTokenizer) -> Scorer:
     """The CLIP in `directory`, a transformers `CLIPModel` with a vision tower for small images."""
     config = clip.CLIPConfig.from_json(json.loads((directory / "config.json").read_text()))
-    params = checkpoint.load_params(directory, clip.clip_param_shapes(config), dtype=np.float32)
+    params = model_directory.load_params(
+        directory, clip.clip_param_shapes(config), dtype=np.float32
+    )
     return Scorer(config, params, words)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sdprune_jax import config, pipeline, train
+from sdprune_jax import config, pipeline
 from sdprune_jax.data import cache, emoji
 from sdprune_jax.metrics import paired
 from sdprune_jax.models import vae
+from sdprune_jax.training import loop
 
 
 def configure(section: config.PretrainVAE) -> vae.VAEConfig:
@@ -35,7 +36,7 @@ def train_vae(
     seed: int,
     mesh: Mesh,
     directory: pathlib.Path,
-) -> train.Params:
+) -> loop.Params:
     """Trains by absolute and squared error and a small divergence from the unit normal.
 
     Source: Rombach et al., CVPR 2022, appendix G (https://arxiv.org/abs/2112.10752), without
@@ -57,7 +58,7 @@ def train_vae(
         return loss, {"loss": loss, "absolute": absolute, "squared": squared, "kl": kl}
 
     def batch_at(step):
-        rows = train.rows_of_batch(len(pictures), section.training.batch_size, step, seed)
+        rows = loop.rows_of_batch(len(pictures), section.training.batch_size, step, seed)
         return {"images": pictures[rows]}
 
     def evaluate(params):
@@ -71,18 +72,18 @@ def train_vae(
             figures[f"{split}_psnr"] = float(paired.psnr(np.concatenate(got)[: len(x)], x).mean())
         return figures
 
-    params = train.init_params(vae.param_shapes(vae_config), seed, train.ends_a_block)
-    return train.fit_section(
+    params = loop.init_params(vae.param_shapes(vae_config), seed, loop.ends_a_block)
+    return loop.fit_section(
         section.training, loss_fn, params, batch_at, {}, evaluate, seed, mesh, directory
     )
 
 
 def encode(
     vae_config: vae.VAEConfig,
-    params: train.Params,
+    params: loop.Params,
     data: Mapping[str, emoji.Pairs],
     cache_dir: pathlib.Path,
-) -> tuple[vae.VAEConfig, train.Params, dict[str, cache.Arrays]]:
+) -> tuple[vae.VAEConfig, loop.Params, dict[str, cache.Arrays]]:
     """Latents of every split, as `mean` and `log_variance`; computed once.
 
     Returns:

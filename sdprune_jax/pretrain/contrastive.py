@@ -12,10 +12,11 @@ import transformers
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Key
 
-from sdprune_jax import config, pipeline, train
+from sdprune_jax import config, pipeline
 from sdprune_jax.data import captions, emoji, tokenizer
 from sdprune_jax.metrics import embedded
 from sdprune_jax.models import clip
+from sdprune_jax.training import loop
 
 
 def configure(section: config.PretrainCLIP, vocab_size: int) -> clip.CLIPConfig:
@@ -53,7 +54,7 @@ def train_clip(
     seed: int,
     mesh: Mesh,
     directory: pathlib.Path,
-) -> train.Params:
+) -> loop.Params:
     """Trains both towers by the symmetric contrastive loss over the global batch.
 
     From step `hard_from` on, a batch is of a few subgroups of concepts, which are harder to tell
@@ -69,10 +70,10 @@ def train_clip(
         is_hard, is_whole = step >= section.hard_from, step >= section.whole_from
         return draw(step, training.batch_size, seed, is_hard, is_whole)
 
-    params = train.init_params(clip.clip_param_shapes(clip_config), seed)
+    params = loop.init_params(clip.clip_param_shapes(clip_config), seed)
     params["logit_scale"] = np.float32(np.log(1 / 0.07))
     evaluate = lambda params: recall(clip_config, params, words, data["val"])
-    return train.fit_section(
+    return loop.fit_section(
         training, make_loss(clip_config, varied), params, batch_at, {}, evaluate, seed, mesh,
         directory,
     )  # fmt: skip
@@ -81,7 +82,7 @@ def train_clip(
 def make_loss(
     clip_config: clip.CLIPConfig,
     vary: Callable[[Float[Array, "b h w 3"], Key[Array, ""]], Float[Array, "b h w 3"]],
-) -> train.LossFn:
+) -> loop.LossFn:
     """The contrastive loss of images that are varied; `frozen` has layers of the text tower."""
     apply: Any = clip.CLIP(clip_config).apply
 
@@ -99,7 +100,7 @@ def make_loss(
     return loss_fn
 
 
-def whole(params: train.Params, frozen: train.Params) -> train.Params:
+def whole(params: loop.Params, frozen: loop.Params) -> loop.Params:
     """With the layers of the text tower that do not learn, if there are any."""
     return params | {"text_model": params["text_model"] | frozen}
 
@@ -114,7 +115,7 @@ def make_batches(
 
     def draw(step, size, seed, is_hard, is_whole):
         groups = subgroup if is_hard else None
-        rows = train.rows_of_batch(len(subgroup), size, step, seed, groups)
+        rows = loop.rows_of_batch(len(subgroup), size, step, seed, groups)
         ids = draw_captions(words, pairs, rows, length, [seed, step])
         concept = pairs.concept[rows] if is_hard else np.arange(len(rows), dtype=np.int32)
         batch = {"images": pairs.images[rows], "ids": ids, "concept": concept}
@@ -127,7 +128,7 @@ def make_batches(
 
 def recall(
     clip_config: clip.CLIPConfig,
-    params: train.Params,
+    params: loop.Params,
     words: transformers.CLIPTokenizer,
     pairs: emoji.Pairs,
 ) -> dict[str, float]:
@@ -182,8 +183,8 @@ def varied(images: Float[Array, "b h w 3"], key: Key[Array, ""]) -> Float[Array,
 
 
 def text_encoder(
-    clip_config: clip.CLIPConfig, params: train.Params
-) -> tuple[clip.TextConfig, train.Params]:
+    clip_config: clip.CLIPConfig, params: loop.Params
+) -> tuple[clip.TextConfig, loop.Params]:
     """The text tower without its last layer, on which Stable Diffusion 2 conditions."""
     last = clip_config.text.num_hidden_layers - 1
     kept = {k: v for k, v in params["text_model"].items() if k != f"encoder.layers.{last}"}

@@ -10,12 +10,13 @@ import numpy as np
 import transformers
 from jax.sharding import Mesh
 
-from sdprune_jax import config, diffusion, train
+from sdprune_jax import config
 from sdprune_jax.data import cache, emoji, tokenizer
-from sdprune_jax.models import clip, unet, vae
+from sdprune_jax.models import clip, noise_schedule, unet, vae
 from sdprune_jax.pretrain.contrastive import draw_captions
+from sdprune_jax.training import loop
 
-SCHEDULE = diffusion.Schedule(class_name="PNDMScheduler", prediction_type="v_prediction")
+SCHEDULE = noise_schedule.Schedule(class_name="PNDMScheduler", prediction_type="v_prediction")
 
 
 def configure(
@@ -43,7 +44,7 @@ def train_unet(
     seed: int,
     mesh: Mesh,
     directory: pathlib.Path,
-) -> train.Params:
+) -> loop.Params:
     """Trains the velocity at stratified timesteps, with some captions dropped for guidance.
 
     Args:
@@ -70,7 +71,7 @@ def train_unet(
         }
 
     def batch_at(step):
-        rows = train.rows_of_batch(num_images, batch_size, step, seed)
+        rows = loop.rows_of_batch(num_images, batch_size, step, seed)
         rng = np.random.default_rng([seed, step])
         return rows_at("train", rows, rng.integers(section.captions_per_image, size=len(rows)))
 
@@ -87,18 +88,18 @@ def train_unet(
             figures[f"{split}_mse"] = float(np.mean([m["mse"] for m in losses]))
         return figures
 
-    params = train.init_params(unet.param_shapes(unet_config), seed, train.ends_a_block)
-    return train.fit_section(
+    params = loop.init_params(unet.param_shapes(unet_config), seed, loop.ends_a_block)
+    return loop.fit_section(
         section.training, loss_fn, params, batch_at, frozen, evaluate, seed, mesh, directory
     )
 
 
 def make_loss(
     section: config.PretrainUNet, unet_config: unet.UNetConfig, scaling_factor: float
-) -> train.LossFn:
+) -> loop.LossFn:
     """The loss of the UNet's parameters; `frozen` has the states of no text, `null`."""
     apply: Any = unet.UNet(unet_config, remat=section.remat).apply
-    alphas = diffusion.alphas_cumprod(SCHEDULE).astype(np.float32)
+    alphas = noise_schedule.alphas_cumprod(SCHEDULE).astype(np.float32)
     batch_size = section.training.batch_size
 
     def loss_fn(params, frozen, batch, key):
@@ -116,13 +117,15 @@ def make_loss(
         text = batch["text"].astype(jnp.float32)
         text = jnp.where(drop[:, None, None], frozen["null"], text)
         alpha = jnp.asarray(alphas)[timestep]
-        noisy = diffusion.add_noise(x0, noise, alpha)
-        target = diffusion.training_target(x0, noise, alpha, SCHEDULE.prediction_type)
+        noisy = noise_schedule.add_noise(x0, noise, alpha)
+        target = noise_schedule.training_target(x0, noise, alpha, SCHEDULE.prediction_type)
         error = (apply({"params": params}, noisy, timestep, text) - target) ** 2
         weight = jnp.ones_like(alpha)
         if section.min_snr_gamma:
             snr = alpha / (1 - alpha)
-            weight = diffusion.min_snr_weight(snr, section.min_snr_gamma, SCHEDULE.prediction_type)
+            weight = noise_schedule.min_snr_weight(
+                snr, section.min_snr_gamma, SCHEDULE.prediction_type
+            )
         loss = jnp.mean(weight * error.mean(axis=(1, 2, 3)))
         return loss, {"loss": loss, "mse": error.mean()}
 
@@ -131,7 +134,7 @@ def make_loss(
 
 def encode_captions(
     text_config: clip.TextConfig,
-    params: train.Params,
+    params: loop.Params,
     words: transformers.CLIPTokenizer,
     data: Mapping[str, emoji.Pairs],
     captions_per_image: int,

@@ -12,22 +12,23 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from sdprune_jax import config, sharding, train
+from sdprune_jax import config, sharding
 from sdprune_jax.data import emoji
 from sdprune_jax.models import clip
 from sdprune_jax.pretrain import contrastive
+from sdprune_jax.training import loop
 
 
 def averaged(
     section: config.PretrainCLIP,
     clip_config: clip.CLIPConfig,
-    params: train.Params,
+    params: loop.Params,
     words: transformers.CLIPTokenizer,
     data: Mapping[str, emoji.Pairs],
     seed: int,
     mesh: Mesh,
     directory: pathlib.Path,
-) -> train.Params:
+) -> loop.Params:
     """The mean of a CLIP and of a copy tuned at each of `soup_strengths`, on hard batches.
 
     What `contrastive.text_encoder` keeps stays as it is, so a UNet that reads it may be trained
@@ -50,7 +51,7 @@ def averaged(
             is_whole = step >= section.tuning_whole_from
             return draw(step, tuning.batch_size, seed, True, is_whole)
 
-        tuned = train.fit_section(
+        tuned = loop.fit_section(
             tuning, contrastive.make_loss(clip_config, vary), params | {"text_model": text},
             batch_at, frozen, lambda tuned: recall(contrastive.whole(tuned, frozen)),
             seed + number, mesh, directory / f"tuned_{number}",
@@ -61,7 +62,7 @@ def averaged(
     return whole
 
 
-def mean(copies: Sequence[train.Params], frozen: train.Params) -> train.Params:
+def mean(copies: Sequence[loop.Params], frozen: loop.Params) -> loop.Params:
     """Of every parameter but those of `frozen`: the mean of equal numbers may round."""
     means = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *copies)
     return contrastive.whole(means, frozen)

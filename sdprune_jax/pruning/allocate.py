@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Float
 
-from sdprune_jax.pruning.masks import num_removed
+from sdprune_jax.scoring.masks import num_removed
 
 Sparsity = float | Fraction
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sdprune_jax.pruning import masks, obs
-from sdprune_jax.pruning.obs import Solution
-from sdprune_jax.pruning.recorder import LayerStats
+from sdprune_jax.scoring import masks, obs
+from sdprune_jax.scoring.obs import Solution
+from sdprune_jax.scoring.recorder import LayerStats
 
 _PENALTY = 0.1  # at first, relative to a unit diagonal
 _LEAST_PENALTY = 1e-6  # of a new start

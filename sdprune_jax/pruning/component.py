@@ -1,71 +1,67 @@
-"""One threshold for all the layers of a component, which are never in memory together.
+"""Prunes one component in memory."""
 
-Two passes over the scores count them by the integers with their bits (as in `masks`), first by the
-upper half of these integers and then by the lower; a third compares. Layers come one at a time and
-a few megabytes suffice, whatever the model.
-"""
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from collections.abc import Callable, Iterator, Sequence
-
+import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
-_CHUNK = 2**20  # scores; what is derived from them stays in a cache
-_HALF = 16  # bits
+from sdprune_jax import config
+from sdprune_jax.pruning import methods, record
+from sdprune_jax.scoring import masks
 
 
-def lowest(
-    score: Callable[[str], Float[np.ndarray, "..."]], names: Sequence[str], k: int
-) -> Iterator[tuple[str, Bool[np.ndarray, "..."]]]:
-    """Yields (name, keep) of every layer: all but the `k` lowest scores of all layers together.
-
-    Ties go by order of the layers, then by flat index, as in `masks.lowest` of all the scores laid
-    end to end. Unlike layers should be scored on one scale (`scores.normalised`), or else those of
-    small weights may lose nearly all of them.
+def prune_component(
+    flat: dict[str, np.ndarray],
+    layers: Sequence[str],
+    section: config.PruneComponent,
+    parts: Iterable[tuple[Sequence[str], Mapping[str, methods.Stat]]],
+    seed: int,
+) -> dict[str, Any]:
+    """Prunes a component in memory.
 
     Args:
-        score: gives a layer's scores, not negative, in torch's layout. It is called three times a
-            layer, so that scores need not be kept, and must give the same each time.
-        names: of the layers.
-        k: how many to remove from all of them.
+        flat: arrays of the component by path; those of `layers` are changed in place.
+        layers: paths of the kernels in scope.
+        section: what to do.
+        parts: layers that are pruned together and what they read, of `Calibration.parts`; each is
+            taken once those before it are pruned.
+        seed: of random scores.
 
-    Raises:
-        ValueError: if `k` is outside [0, size).
+    Returns:
+        What was done, as in `prune.json`.
     """
-    upper = np.zeros(2**_HALF, np.int64)
-    for name in names:
-        for bits in _chunks(score(name)):
-            upper += np.bincount(bits >> _HALF, minlength=len(upper))
-    if not 0 <= k < upper.sum():
-        raise ValueError(f"cannot remove {k} of {upper.sum()}, expected a number in [0, size)")
-    high, k_left = _find(upper, k)
-    lower = np.zeros(2**_HALF, np.int64)
-    for name in names:
-        for bits in _chunks(score(name)):
-            candidates = bits[bits >> _HALF == high]
-            lower += np.bincount(candidates & (2**_HALF - 1), minlength=len(lower))
-    low, num_tied = _find(lower, k_left)
-    threshold = np.int32(high << _HALF | low).view(np.float32)
-    for name in names:
-        found = abs(score(name).astype(np.float32, copy=False))
-        keep = found >= threshold
-        if num_tied:
-            tied = np.flatnonzero(np.ravel(found == threshold))[:num_tied]
-            keep[np.unravel_index(tied, keep.shape)] = False
-            num_tied -= len(tied)
-        yield name, keep
-
-
-def _find(counts: Int[np.ndarray, " bins"], k: int) -> tuple[int, int]:
-    """The bin that holds what has `k` before it, and how many of these are in that bin."""
-    ends = np.cumsum(counts)
-    found = int(np.searchsorted(ends, k, side="right"))
-    return found, k - int(ends[found] - counts[found])
-
-
-def _chunks(scores: Float[np.ndarray, "..."]) -> Iterator[Int[np.ndarray, " n"]]:
-    """The bits of the float32 magnitudes, in the order of memory."""
-    flat = scores.ravel(order="K")
-    for start in range(0, flat.size, _CHUNK):
-        part = abs(flat[start : start + _CHUNK].astype(np.float32, copy=False))
-        yield part.view(np.int32)
+    kernels = {path: flat[path] for path in layers}
+    before = record.sample(kernels)
+    zeros_before = sum(kernel.size - int(np.count_nonzero(kernel)) for kernel in kernels.values())
+    sizes = {path: kernel.size for path, kernel in kernels.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for names, stats in parts:
+        part = {path: kernels[path] for path in names}
+        removed = methods.removed_of_each(part, section, stats, sizes)
+        for path, found in methods.prune(part, section, removed, stats, jax.random.key(seed)):
+            kernel = flat[path]
+            threshold = record.threshold(kernel, found.keep)
+            if found.kernel is not None:
+                np.copyto(kernel, found.kernel, casting="same_kind")
+            masks.zero(kernel, found.keep)
+            rows[path] = record.layer(path, kernel, found, threshold)
+        del stats  # before those of the next part are computed
+    prunable = sum(sizes.values())
+    zeros = sum(row["zeros"] for row in rows.values())
+    said = dataclasses.asdict(section)
+    names = (
+        "method", "group", "pattern", "allocation", "scope", "threshold", "overrides", "band",
+    )  # fmt: skip
+    return {
+        "requested": section.sparsity,
+        **{name: said[name] for name in names if said[name] is not None},
+        "prunable": prunable,
+        "zeros": zeros,
+        "zeros_before": zeros_before,
+        "of_prunable": zeros / prunable,
+        "all_zeros": sum(x.size - int(np.count_nonzero(x)) for x in flat.values()),
+        "layers": [rows[path] for path in layers],
+        "histogram": record.histogram(before, record.sample(kernels)),
+    }

@@ -15,19 +15,11 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Bool, Float, Key
 
-from sdprune_jax import config, convert
-from sdprune_jax.pruning import (
-    allocate,
-    alps,
-    component,
-    masks,
-    obs,
-    patterns,
-    recorder,
-    request,
-    scores,
-)
-from sdprune_jax.pruning.recorder import LayerStats
+from sdprune_jax import config
+from sdprune_jax.files import convert
+from sdprune_jax.pruning import allocate, alps, global_threshold, patterns, request, scores
+from sdprune_jax.scoring import masks, obs, recorder
+from sdprune_jax.scoring.recorder import LayerStats
 
 Kernels = Mapping[str, Float[np.ndarray, "..."]]  # by path, in Flax's layout
 Stat = LayerStats | Float[np.ndarray, "..."]  # of what a layer reads, or the loss's gradient by it
@@ -156,7 +148,7 @@ def prune(
     elif group == "layer":
         found = masks.lowest_of_each({path: score(path) for path in removed}, removed)
     else:
-        found = component.lowest(score, list(kernels), sum(removed.values()))
+        found = global_threshold.lowest(score, list(kernels), sum(removed.values()))
     for path, keep in found:
         keep = np.asarray(keep)
         if section.threshold == "rz":

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sdprune_jax.pruning import masks
+from sdprune_jax.scoring import masks
 
 # The runs of a convolution. Tensor cores skip zeros along the channels of one tap; published code
 # runs through the flattened weight of torch, where neighbours are taps of one channel.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from sdprune_jax import checkpoint, convert, tensors
+from sdprune_jax.files import convert, model_directory, tensors
 from sdprune_jax.pruning.methods import Pruned
 
 _BINS = 64  # of a histogram, over 4 standard deviations to either side
@@ -68,7 +68,7 @@ def histogram(
 
 def verify(output: pathlib.Path, name: str, tree: Any, dtype: np.dtype) -> int:
     """Loads a component back and compares it, weight for weight; returns its zeros."""
-    stored = convert.flatten(checkpoint.load(checkpoint.open_model(output), name))
+    stored = convert.flatten(model_directory.load(model_directory.open_model(output), name))
     zeros = 0
     for path, x in convert.flatten(tree).items():
         got = np.asarray(stored[path])
@@ -79,7 +79,7 @@ def verify(output: pathlib.Path, name: str, tree: Any, dtype: np.dtype) -> int:
 
 
 def stored_bytes(
-    model: checkpoint.Model, output: pathlib.Path, pruned: dict[str, Any], variant: str | None
+    model: model_directory.Model, output: pathlib.Path, pruned: dict[str, Any], variant: str | None
 ) -> dict[str, int]:
     """Sizes of the pruned components' weights, in the dtype written, and compressed by zlib.
 

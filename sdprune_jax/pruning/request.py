@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from sdprune_jax import config, convert
-from sdprune_jax.pruning import allocate, masks, patterns
+from sdprune_jax import config
+from sdprune_jax.files import convert
+from sdprune_jax.pruning import allocate, patterns
+from sdprune_jax.scoring import masks
 
 SOLVERS = ("sparsegpt", "obsdiff", "alps")  # which choose and compensate by blocks of their own
 

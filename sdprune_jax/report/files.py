@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from sdprune_jax import tensors
+from sdprune_jax.files import tensors
 from sdprune_jax.report import forms
 
 

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sdprune_jax import config, convert, sites
+from sdprune_jax import config, sites
+from sdprune_jax.files import convert
 from sdprune_jax.pruning import request
 
 COMPONENTS = ("text_encoder", "unet")  # that a point may prune; shares are of both together

@@ -13,12 +13,13 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import checkpoint, config, convert, pipeline, sharding, sites
-from sdprune_jax.evaluate import images, networks, scores, task
-from sdprune_jax.evaluate import run as evaluate
+from sdprune_jax import config, pipeline, sharding, sites
+from sdprune_jax.evaluate import images, measuring, networks, scores, task
 from sdprune_jax.evaluate.protocols import Protocol
+from sdprune_jax.files import convert, model_directory
 from sdprune_jax.pruning import methods
-from sdprune_jax.pruning import run as pruning
+from sdprune_jax.pruning.component import prune_component
+from sdprune_jax.scoring.calibration import Calibration
 from sdprune_jax.sweep import cliff, points
 
 _AT_ONCE = 64  # latents in memory
@@ -50,7 +51,7 @@ class Bench(NamedTuple):
 
     run: config.Run
     mesh: Mesh
-    model: checkpoint.Model
+    model: model_directory.Model
     protocol: Protocol
     size: tuple[int, int]
     asked: task.Task
@@ -66,7 +67,7 @@ class Bench(NamedTuple):
 def open_bench(
     run: config.Run,
     mesh: Mesh,
-    model: checkpoint.Model,
+    model: model_directory.Model,
     protocol: Protocol,
     asked: task.Task,
     size: tuple[int, int],
@@ -85,7 +86,7 @@ def open_bench(
         for name, part in points.sections(point).items():
             pruned.add(name)
             if statistic := methods.STATISTIC[part.method]:
-                layers = sites.prunable(checkpoint.param_shapes(model, name), name, part.scope)
+                layers = sites.prunable(model_directory.param_shapes(model, name), name, part.scope)
                 known = widest.get((name, statistic), [])
                 widest[name, statistic] = list(dict.fromkeys([*known, *layers]))
     params = pipeline.load(model, mesh, run.variant or None)
@@ -95,7 +96,7 @@ def open_bench(
     }
     return Bench(
         run, mesh, model, protocol, size, asked, folder, sample,
-        evaluate.load_networks(section.measure, protocol, model),
+        measuring.load_networks(section.measure, protocol, model),
         params, flat, widest, {},
     )  # fmt: skip
 
@@ -202,11 +203,11 @@ def prune(
     bench: Bench, component: str, section: config.PruneComponent, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A component of the dense model, pruned and on the devices, and what was done to it."""
-    shapes = checkpoint.param_shapes(bench.model, component)
+    shapes = model_directory.param_shapes(bench.model, component)
     layers = sites.prunable(shapes, component, section.scope)
     dense = bench.flat[component]
     flat = dict(dense) | {path: dense[path].copy() for path in layers}  # the rest is only read
-    done = pruning.prune_component(
+    done = prune_component(
         flat, layers, section, _parts(bench, component, section, seed, layers, flat), seed
     )
     placed = sharding.fsdp_shardings(shapes, bench.mesh)
@@ -226,7 +227,7 @@ def _parts(
     if statistic is None:
         return [(layers, {})]
     assert bench.run.sweep is not None
-    calibration = pruning.Calibration(
+    calibration = Calibration(
         bench.run.sweep.calibration, bench.model, component, bench.mesh,
         seed=seed, variant=bench.run.variant,
     )  # fmt: skip
@@ -269,7 +270,7 @@ def _render(bench: Bench, params: Mapping[str, Any], seed: int, folder: pathlib.
 
 def _measure(bench: Bench, folder: pathlib.Path) -> scores.Figures:
     assert bench.run.sweep is not None
-    found = evaluate.measure(
+    found = measuring.measure(
         bench.run.sweep.measure, bench.mesh, bench.protocol, bench.networks, {"": folder},
         bench.asked, bench.folder / "cache",
     )  # fmt: skip
@@ -277,4 +278,4 @@ def _measure(bench: Bench, folder: pathlib.Path) -> scores.Figures:
 
 
 def _shapes(bench: Bench) -> dict[str, Any]:
-    return {name: checkpoint.param_shapes(bench.model, name) for name in points.COMPONENTS}
+    return {name: model_directory.param_shapes(bench.model, name) for name in points.COMPONENTS}

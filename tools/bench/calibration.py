@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdprune_jax import diffusion, pipeline, samplers, sharding, sites, train
-from sdprune_jax.checkpoint import Model
-from sdprune_jax.models import clip, unet, vae
-from sdprune_jax.pruning import calibrate, obs, trajectory
-from sdprune_jax.pruning.recorder import LayerStats
+from sdprune_jax import pipeline, sharding, sites
+from sdprune_jax.files.model_directory import Model
+from sdprune_jax.models import clip, noise_schedule, samplers, unet, vae
+from sdprune_jax.scoring import calibrate, obs, trajectory
+from sdprune_jax.scoring.recorder import LayerStats
+from sdprune_jax.training import loop
 
 QUICK = unet.UNetConfig(
     sample_size=16,
@@ -52,11 +53,11 @@ def _calibration(config: unet.UNetConfig, num_prompts: int, num_steps: int, roun
     shapes, mesh = unet.param_shapes(config), sharding.make_mesh()
     batch = -(-num_prompts // mesh.size) * mesh.size
     params = jax.device_put(
-        train.init_params(shapes, 0), sharding.fsdp_shardings(shapes, mesh)
+        loop.init_params(shapes, 0), sharding.fsdp_shardings(shapes, mesh)
     )  # fmt: skip
     walk = trajectory.Trajectory(num_steps=num_steps, batch_size=batch)
     model = Model(
-        clip.TextConfig(), config, vae.VAEConfig(), diffusion.Schedule(), pathlib.Path()
+        clip.TextConfig(), config, vae.VAEConfig(), noise_schedule.Schedule(), pathlib.Path()
     )  # fmt: skip
     rng = np.random.default_rng(0)
     draw = lambda n: rng.normal(size=(n, 77, config.cross_attention_dim)).astype(np.float32)

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-from sdprune_jax import checkpoint, sharding
+from sdprune_jax import sharding
 from sdprune_jax.evaluate import networks
+from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import features, frechet
 
 ROUNDS = 4
@@ -106,8 +107,8 @@ def _embedded() -> Case:
     import torch
     import transformers
 
-    directory = checkpoint.directory_of("embedded")
-    network = networks.load("embedded", "", checkpoint.open_model(directory))
+    directory = model_directory.directory_of("embedded")
+    network = networks.load("embedded", "", model_directory.open_model(directory))
     reference = transformers.CLIPModel.from_pretrained(directory / "clip", dtype=torch.float32)
 
     def torch_features(images: torch.Tensor) -> torch.Tensor:
@@ -119,7 +120,7 @@ def _embedded() -> Case:
 
 def _peak_bytes(num: int) -> int:
     """The most memory that this process ever took, after streaming `num` images."""
-    model = checkpoint.open_model(checkpoint.directory_of("embedded"))
+    model = model_directory.open_model(model_directory.directory_of("embedded"))
     network = networks.load("embedded", "", model)
 
     def load(rows: np.ndarray) -> np.ndarray:

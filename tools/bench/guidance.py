@@ -17,8 +17,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import jax
 
-from sdprune_jax import config, main, tensors
+from sdprune_jax import config, main
 from sdprune_jax.evaluate import protocols
+from sdprune_jax.files import tensors
 
 
 def measure(model: str, guidance_scale: float, num_images: int) -> dict[str, float]:

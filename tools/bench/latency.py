@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdprune_jax import checkpoint, diffusion, macs, sites, tensors
-from sdprune_jax.models import clip, unet, vae
-from sdprune_jax.pruning import bksdm, structured
+from sdprune_jax import sites
+from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.models import clip, noise_schedule, unet, vae
+from sdprune_jax.sites import macs
+from sdprune_jax.slicing import bksdm, structured
 
 _TOKENS = 77
 
@@ -63,7 +65,7 @@ def _as_first_expert(run: pathlib.Path, config: unet.UNetConfig) -> sites.Archit
     """As many units of every site, in proportion, as the expert keeps; at least one."""
     record = tensors.read_json(run / "experts" / "experts.json")
     kept = record["experts"][0]["kept"]
-    lender = checkpoint.open_model(checkpoint.directory_of(record["model"])).unet
+    lender = model_directory.open_model(model_directory.directory_of(record["model"])).unet
     shares = {site.name: kept[site.name] / site.units for site in sites.table(lender)}
     return {
         site.name: np.arange(site.units) < _units(shares[site.name] * site.units, site.kind)
@@ -76,8 +78,8 @@ def _units(num: float, kind: str) -> int:
 
 
 def _shapes(config: unet.UNetConfig) -> Any:
-    parts = (clip.TextConfig(), config, vae.VAEConfig(), diffusion.Schedule())
-    return checkpoint.param_shapes(checkpoint.Model(*parts, pathlib.Path()), "unet")
+    parts = (clip.TextConfig(), config, vae.VAEConfig(), noise_schedule.Schedule())
+    return model_directory.param_shapes(model_directory.Model(*parts, pathlib.Path()), "unet")
 
 
 def _call(config: unet.UNetConfig, size: int) -> Callable[[], Any]:

@@ -19,10 +19,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 import jax
 import numpy as np
 
-from sdprune_jax import checkpoint, config, convert, sharding, sites
-from sdprune_jax.pruning import methods, obs
-from sdprune_jax.pruning import run as pruning
-from sdprune_jax.pruning.recorder import LayerStats
+from sdprune_jax import config, sharding, sites
+from sdprune_jax.files import convert, model_directory
+from sdprune_jax.pruning import methods
+from sdprune_jax.scoring import obs
+from sdprune_jax.scoring.calibration import Calibration
+from sdprune_jax.scoring.recorder import LayerStats
 
 METHODS = ("sparsegpt", "wanda", "magnitude")  # in the order expected
 
@@ -67,12 +69,15 @@ def errors(
         part: its sparsity and scope; the method is replaced.
         section: prompts and steps.
     """
-    model, mesh = checkpoint.open_model(checkpoint.directory_of(name)), sharding.make_mesh()
-    loaded = convert.flatten(checkpoint.load(model, component, dtype=np.float32))
+    model, mesh = (
+        model_directory.open_model(model_directory.directory_of(name)),
+        sharding.make_mesh(),
+    )
+    loaded = convert.flatten(model_directory.load(model, component, dtype=np.float32))
     flat = {path: np.asarray(x) for path, x in loaded.items()}
-    layers = sites.prunable(checkpoint.param_shapes(model, component), component, part.scope)
+    layers = sites.prunable(model_directory.param_shapes(model, component), component, part.scope)
     sizes = {path: flat[path].size for path in layers}
-    calibration = pruning.Calibration(section, model, component, mesh, seed=0, variant="")
+    calibration = Calibration(section, model, component, mesh, seed=0, variant="")
     for paths, stats in calibration.parts(flat, layers, "gram"):
         kernels = {path: flat[path] for path in paths}
         found: dict[str, list[float]] = {path: [] for path in paths}

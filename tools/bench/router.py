@@ -27,10 +27,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.nn import functional
 
-from sdprune_jax import checkpoint, config, convert, diffusion, main, sites, train
-from sdprune_jax.aptp import codebook, data, gates, losses, router, train_router
+from sdprune_jax import config, main, sites
+from sdprune_jax.aptp import codebook, gates, losses, router, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
-from sdprune_jax.models import clip, unet, vae
+from sdprune_jax.files import convert, model_directory
+from sdprune_jax.models import clip, noise_schedule, unet, vae
+from sdprune_jax.training import encoded, loop
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _APART = {"float32": 1e-4, "bfloat16": 3e-2}  # losses, relative
@@ -39,7 +41,7 @@ _APART = {"float32": 1e-4, "bfloat16": 3e-2}  # losses, relative
 class Case(NamedTuple):
     """What both sides start from."""
 
-    model: checkpoint.Model
+    model: model_directory.Model
     section: config.Router
     layout: Layout
     costs: Any
@@ -83,15 +85,15 @@ def run() -> None:
 
 def _case(name: str, batch_size: int) -> Case:
     if name == "embedded":
-        model = checkpoint.open_model(checkpoint.directory_of("embedded"))
+        model = model_directory.open_model(model_directory.directory_of("embedded"))
         size, width = model.unet.sample_size, model.text_encoder.hidden_size
-        frozen = checkpoint.load(model, "unet", dtype=np.float32)
+        frozen = model_directory.load(model, "unet", dtype=np.float32)
     else:
-        schedule = diffusion.Schedule(prediction_type="v_prediction")
+        schedule = noise_schedule.Schedule(prediction_type="v_prediction")
         parts = (clip.TextConfig(), unet.UNetConfig(), vae.VAEConfig())
-        model = checkpoint.Model(*parts, schedule, pathlib.Path())
+        model = model_directory.Model(*parts, schedule, pathlib.Path())
         size, width = 32, 768
-        frozen = train.init_params(checkpoint.param_shapes(model, "unet"), 0)
+        frozen = loop.init_params(model_directory.param_shapes(model, "unet"), 0)
     section = config.Router(batch_size=batch_size, warmup_steps=0, ramp_steps=0)
     layout = layout_of(sites.table(model.unet))
     params = router.init_params(layout, width, section.num_codes, 0)
@@ -107,12 +109,12 @@ def _case(name: str, batch_size: int) -> Case:
         "log_variance": draw(batch_size, size, size, 4) - 5,
         "warms_up": np.zeros(batch_size, bool),
     }
-    costs = train_router.budget_costs(section, model, (size, size))
+    costs = router_training.budget_costs(section, model, (size, size))
     return Case(model, section, layout, costs, params, jax.tree.map(np.asarray, frozen), batch)
 
 
 def _ours(case: Case, dtype: str) -> Any:
-    loss_fn = train_router.make_loss(
+    loss_fn = router_training.make_loss(
         case.section, case.model, case.costs, case.layout, jnp.dtype(dtype)
     )
     optimizer = codebook.make_optimizer(case.section, None)
@@ -139,12 +141,12 @@ def _theirs(case: Case, dtype: str) -> Any:
     put = lambda x: torch.from_numpy(np.array(x, np.float32)).to(_DEVICE)
     keys = jax.random.split(jax.random.key(0))
     schedule = case.model.schedule
-    noisy = data.noised(
+    noisy = encoded.noised(
         jax.tree.map(jnp.asarray, batch), keys[0], schedule, case.model.vae.scaling_factor
     )
     alpha = np.asarray(noisy.alpha_cumprod)
     weight = put(
-        diffusion.min_snr_weight(alpha / (1 - alpha), section.min_snr_gamma,
+        noise_schedule.min_snr_weight(alpha / (1 - alpha), section.min_snr_gamma,
                                  schedule.prediction_type)
     )  # fmt: skip
     nchw = lambda x: put(x).permute(0, 3, 1, 2).contiguous()

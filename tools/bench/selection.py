@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax
 import numpy as np
 
-from sdprune_jax.pruning import allocate, masks
+from sdprune_jax.pruning import allocate
+from sdprune_jax.scoring import masks
 
 TORCH_SECONDS = 180  # at most; what is left is scaled by its number of weights
 SPARSITY = {"unet": 0.35, "text_encoder": 0.475}  # Ramesh and Zhao 2024

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdprune_jax import checkpoint, main, pipeline, sharding
+from sdprune_jax import main, pipeline, sharding
 from sdprune_jax.data import tokenizer
+from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import embedded
 from sdprune_jax.models import clip, unet, vae
 
@@ -32,8 +33,8 @@ def run() -> None:
     main.keep_freed_memory()
     peak, copy = _machine()
     print(f"matrix product {peak:.0f} GFLOP/s, copy {copy:.1f} GB/s read and written")
-    directory = checkpoint.directory_of("embedded")
-    model = checkpoint.open_model(directory)
+    directory = model_directory.directory_of("embedded")
+    model = model_directory.open_model(directory)
     params = pipeline.load(model, sharding.make_mesh())
     scorer = embedded.load_scorer(directory / "clip", tokenizer.load(directory / "tokenizer"))
     rng = np.random.default_rng(0)

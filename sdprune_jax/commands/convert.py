@@ -1,0 +1,183 @@
+r"""Converts Stable Diffusion 2 between diffusers, old Flax and single-file checkpoints.
+
+Also reads what the authors of APTP publish: a pruning, into the router of a run, and experts.
+
+sdprune convert models/sd2-1-base sd2.safetensors --dtype float16
+sdprune convert v2-1_512-ema-pruned.safetensors models/sd2 --prediction-type epsilon
+sdprune convert old-flax-model models/sd2
+sdprune convert aptp/pruning runs/aptp --from aptp --config models/sd21
+sdprune convert aptp/arch3/checkpoint-30000 runs/aptp/finetuned/03 --from aptp \
+    --config models/sd21
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import safetensors.numpy
+
+from sdprune_jax.commands import aptp_files, flax_files, infer_configs, single_file
+from sdprune_jax.files import model_directory, tensors
+
+DTYPES = {"keep": None, "float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
+FORMATS = ("diffusers", "flax", "single")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    source, target = args.source, args.target
+    try:
+        kind = _format(source) if args.source_format == "auto" else args.source_format
+        if args.target_format == "auto":
+            args.target_format = "single" if target.suffix == ".safetensors" else "diffusers"
+        if kind == "aptp" and args.config is None:
+            raise ValueError("what APTP's authors publish needs --config: the dense model it is of")
+        if kind == "aptp" and args.target_format != "diffusers":
+            raise ValueError("what APTP's authors publish has no single file: choose a directory")
+        if kind == "aptp" and (source / "hypernet").is_dir():
+            dense = model_directory.open_model(args.config)
+            print(aptp_files.write_pruning(source, target, dense, args.encoder))
+            return
+        if target.exists() and not args.overwrite:
+            raise ValueError(f"{target} exists: choose another name, or add --overwrite")
+        if target.is_dir() and not (target / "model_index.json").is_file():
+            raise ValueError(f"{target} is not a model, so it is not overwritten")
+        with _configs(args, kind) as model:
+            params, extra = _read(args, kind, model)
+            _write(args, model, params, extra)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=pathlib.Path)
+    parser.add_argument("target", type=pathlib.Path)
+    forms = ("auto", *FORMATS, "aptp")
+    parser.add_argument("--from", dest="source_format", choices=forms, default="auto")
+    parser.add_argument("--to", dest="target_format", choices=("auto", *FORMATS), default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the weights written")
+    parser.add_argument("--variant", help="of the weights read: fp16 for *.fp16.safetensors")
+    parser.add_argument(
+        "--config",
+        type=pathlib.Path,
+        help="diffusers directory: configs, tokenizer of a single file; of aptp, the dense model",
+    )
+    parser.add_argument(
+        "--encoder",
+        default="models/all-mpnet-base-v2",
+        help="of prompts, for a pruning of aptp: the directory of sentence-transformers",
+    )
+    parser.add_argument(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction"),
+        help="of a single file without --config: epsilon at 512 pixels, v_prediction at 768",
+    )
+    parser.add_argument(
+        "--keep-extra",
+        action="store_true",
+        help=f"keep what is no parameter in {single_file.EXTRA_FILE}",
+    )
+    parser.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def _format(source: pathlib.Path) -> str:
+    if source.is_dir():
+        is_flax = any((source / name / file).exists() for name, file in flax_files.FILES.items())
+        has_safetensors = any((source / "unet").glob("*.safetensors*"))
+        if (source / "hypernet").is_dir() or (source / "arch_vector.pt").is_file():
+            return "aptp"
+        return "flax" if is_flax and not has_safetensors else "diffusers"
+    if source.suffix != ".safetensors":
+        raise ValueError(f"{source} is neither a directory nor a .safetensors file")
+    return "single"
+
+
+@contextlib.contextmanager
+def _configs(args: argparse.Namespace, kind: str) -> Iterator[model_directory.Model]:
+    if kind == "aptp":
+        yield aptp_files.expert(args.source, model_directory.open_model(args.config))
+    elif kind != "single":
+        yield model_directory.open_model(args.source)
+    elif args.config is not None:
+        yield model_directory.open_model(args.config)
+    elif args.prediction_type is None:
+        raise ValueError(
+            "a single file does not say what it predicts: give --prediction-type or --config"
+        )
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            stored = tensors.open_file(args.source)
+            infer_configs.write_configs(stored, args.prediction_type, pathlib.Path(folder))
+            print("no --config: copy tokenizer/ from another Stable Diffusion 2 directory")
+            yield model_directory.open_model(folder)
+
+
+def _read(
+    args: argparse.Namespace, kind: str, model: model_directory.Model
+) -> tuple[dict[str, Any], dict[str, tensors.StoredTensor]]:
+    if kind == "single":
+        return single_file.read(args.source, model)
+    if kind == "aptp":
+        shapes = model_directory.param_shapes(model, "unet")
+        return {"unet": model_directory.load_params(args.source / "unet", shapes)}, {}
+    params, extra = {}, {}
+    for component in model_directory.COMPONENTS:
+        if kind == "flax":
+            file = args.source / component / flax_files.FILES[component]
+            shapes = model_directory.param_shapes(model, component)
+            params[component] = flax_files.read(file, shapes, component)
+        else:
+            params[component] = model_directory.load(model, component, variant=args.variant)
+    if (args.source / single_file.EXTRA_FILE).is_file():
+        extra = tensors.open_file(args.source / single_file.EXTRA_FILE)
+    return params, extra
+
+
+def _write(
+    args: argparse.Namespace,
+    model: model_directory.Model,
+    params: Mapping[str, Any],
+    extra: Mapping[str, tensors.StoredTensor],
+) -> None:
+    target, dtype = args.target, DTYPES[args.dtype]
+    new = target.with_name(f"{target.name}.new")
+    if args.target_format == "single":
+        single_file.write(new, model, params, dtype, extra)
+        os.replace(new, target)
+        return
+    if args.target_format == "diffusers":
+        model_directory.save(model, params, target, dtype=dtype, overwrite=args.overwrite)
+    else:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        flax_files.write(new, model, params, dtype)
+        if target.exists():
+            shutil.rmtree(target)
+        new.rename(target)
+    if extra and args.keep_extra:
+        kept = {name: tensor.read() for name, tensor in extra.items()}
+        safetensors.numpy.save_file(kept, target / single_file.EXTRA_FILE)
+    elif extra:
+        groups = Counter(_group(name) for name in extra)
+        print(f"{len(extra)} tensors have no place in the new form (--keep-extra keeps them):")
+        print(tensors.listing([f"{name} ({count} tensors)" for name, count in groups.items()]))
+
+
+def _group(name: str) -> str:
+    """The block that a tensor belongs to, or its own name."""
+    if name.startswith("model_ema."):
+        return "model_ema"
+    head, is_layer, rest = name.partition(".resblocks.")
+    return f"{head}{is_layer}{rest.split('.')[0]}" if is_layer else name

@@ -1,0 +1,188 @@
+"""safetensors files in which zeros take one bit: what sdprune pack reads and writes.
+
+A tensor `NAME.weight` that gets smaller is held as `NAME.shape`, `NAME.compressed`, `NAME.bitmask`
+and `NAME.row_offsets` (sdprune_jax/bitmask.py); the others as they are. Under `KEY` the metadata of
+the header hold JSON: `version`; `format`; `packed`, the names; `sha256` of the dense contents, by
+name and in the order of the file that was packed, so that its contents return in that order.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+
+from sdprune_jax.files import bitmask, tensors
+
+VERSION = 1
+KEY = "sdprune_jax.sparse"
+_INTEGERS = {"I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
+_DTYPES = {name: np.dtype(dtype) for name, dtype in (tensors.FLOATS | _INTEGERS).items()}
+_HEADER_BYTES = 400  # three tensors more to describe, and the name once more
+
+
+class Entry(NamedTuple):
+    """A tensor to write; `dtype` as safetensors calls it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def pack(path: pathlib.Path, new: pathlib.Path) -> bool:
+    """Writes `new` if any tensor of `path` gets smaller, and tells whether.
+
+    One tensor is in memory at a time, dense and packed, and the row offsets of all. What was
+    written is read back and compared.
+
+    Raises:
+        ValueError: if `path` is damaged, or holds dtypes that numpy lacks.
+    """
+    stored, metadata = _opened(path)
+    packed, sums = [], {}
+    offsets, values, masks = {}, {}, {}  # items of 8, of 8 to 2, of 1 byte: so all stay aligned
+    for name, tensor in stored.items():
+        x = _read(tensor)
+        sums[name] = hashlib.sha256(x.tobytes()).hexdigest()
+        parts = bitmask.to_bitmask(x) if _can_be_packed(name, tensor) else None
+        if parts is None or sum(part.nbytes for part in parts) + _HEADER_BYTES >= x.nbytes:
+            values[name] = Entry(tensor.dtype, tensor.shape, functools.partial(_read, tensor))
+            continue
+        packed.append(name)
+        shape, compressed, bits, starts = _part_names(name)
+        offsets[shape] = Entry("I64", parts.shape.shape, lambda x=parts.shape: x)
+        offsets[starts] = Entry("I64", parts.row_offsets.shape, lambda x=parts.row_offsets: x)
+        read = functools.partial(_read_part, tensor, "compressed")
+        values[compressed] = Entry(tensor.dtype, parts.compressed.shape, read)
+        read = functools.partial(_read_part, tensor, "bitmask")
+        masks[bits] = Entry("U8", parts.bitmask.shape, read)
+    if packed:
+        record = {"version": VERSION, "format": "sparse-bitmask", "packed": packed, "sha256": sums}
+        metadata[KEY] = json.dumps(record, separators=(",", ":"))
+        _write(new, metadata, offsets | values | masks)
+        for entry in _dense_entries(new)[0].values():
+            entry.read()  # compares with the sums
+    return bool(packed)
+
+
+def unpack(path: pathlib.Path, new: pathlib.Path) -> None:
+    """Writes the dense tensors of `path`; one is in memory at a time.
+
+    Raises:
+        ValueError: if `path` is not what `pack` wrote; `new` may be there in part then.
+    """
+    entries, metadata = _dense_entries(path)
+    _write(new, metadata, entries)
+
+
+def _can_be_packed(name: str, tensor: tensors.StoredTensor) -> bool:
+    return name.endswith(".weight") and tensor.dtype in tensors.FLOATS and bool(tensor.shape)
+
+
+def _part_names(name: str) -> list[str]:
+    module = name.removesuffix(".weight")
+    return [f"{module}.{part}" for part in bitmask.Bitmask._fields]
+
+
+def _read(tensor: tensors.StoredTensor) -> np.ndarray:
+    if 0 in tensor.shape:  # which safetensors cannot slice
+        return np.zeros(tensor.shape, _DTYPES[tensor.dtype])
+    return tensor.read()
+
+
+def _read_part(tensor: tensors.StoredTensor, part: str) -> np.ndarray:
+    return getattr(bitmask.to_bitmask(_read(tensor)), part)
+
+
+def _dense_entries(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The dense tensors of a packed file, and the metadata it had; reading compares the sums."""
+    stored, metadata = _opened(path)
+    record = _parse_record(path, metadata.pop(KEY, ""))
+    entries, listed, problems = {}, set(), []
+    for name, digest in record["sha256"].items():
+        is_packed = name in record["packed"]
+        keys = _part_names(name) if is_packed else [name]
+        listed.update(keys)
+        if lacking := [key for key in keys if key not in stored]:
+            problems += [f"missing {key}" for key in lacking]
+            continue
+        held = [stored[key] for key in keys]
+        dtype, shape = held[is_packed].dtype, held[0].shape  # `compressed` comes after `shape`
+        if is_packed:
+            try:
+                shape = bitmask.dense_shape(_read(held[0]))
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+        read = functools.partial(_read_dense, f"{path}: {name}", held, digest)
+        entries[name] = Entry(dtype, shape, read)
+    problems += [f"unlisted {key}" for key in sorted(stored.keys() - listed)]
+    if problems:
+        raise ValueError(
+            f"{path} does not hold what its header says:\n  {tensors.listing(problems)}\n"
+            "pack the model again"
+        )
+    return entries, metadata
+
+
+def _read_dense(where: str, held: Sequence[tensors.StoredTensor], digest: str) -> np.ndarray:
+    arrays = [_read(tensor) for tensor in held]
+    try:
+        x = arrays[0] if len(arrays) == 1 else bitmask.from_bitmask(bitmask.Bitmask(*arrays))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}\npack the model again") from error
+    if (found := hashlib.sha256(x.tobytes()).hexdigest()) != digest:
+        raise ValueError(
+            f"{where} is damaged: sha256 {found}, expected {digest}; copy the file again"
+        )
+    return x
+
+
+def _parse_record(path: pathlib.Path, text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or "version" not in record:
+        raise ValueError(f"{path}: its header does not say, under {KEY!r}, what is packed")
+    if record["version"] != VERSION:
+        raise ValueError(
+            f"{path} is of version {record['version']!r}, expected {VERSION}: "
+            "unpack it with the release that packed it"
+        )
+    kinds = {"packed": list, "sha256": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path}: {' and '.join(wrong)} of its header cannot be read")
+    return record
+
+
+def _opened(path: pathlib.Path) -> tuple[dict[str, tensors.StoredTensor], dict[str, str]]:
+    """Tensors in the order of the contents, and the metadata."""
+    stored = tensors.open_file(path)
+    unknown = [f"{name}: {x.dtype}" for name, x in stored.items() if x.dtype not in _DTYPES]
+    if unknown:
+        raise ValueError(
+            f"{path} has dtypes other than {', '.join(_DTYPES)}:\n  {tensors.listing(unknown)}"
+        )
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return {name: stored[name] for name in file.offset_keys()}, dict(file.metadata() or {})
+
+
+def _write(path: pathlib.Path, metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
+    """Writes a file in the order of `entries`, one tensor in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape, _) in entries.items():
+        start, end = end, end + math.prod(shape) * _DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries.values():
+            file.write(entry.read().tobytes())

@@ -1,0 +1,245 @@
+"""Whole diffusers directories of Stable Diffusion 2: opened without the weights, written whole.
+
+Optimizer states are saved by `train`; parameters and configs of finished models only here.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from sdprune_jax import sharding
+from sdprune_jax.files import configs as config_files
+from sdprune_jax.files import convert, tensors, weights
+from sdprune_jax.files.weights import load_params as load_params
+from sdprune_jax.files.weights import save_params as save_params
+from sdprune_jax.models import clip, unet, vae
+from sdprune_jax.models.noise_schedule import Schedule
+
+COMPONENTS = ("text_encoder", "unet", "vae")
+_STEMS = {
+    "text_encoder": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The configs of a diffusers directory.
+
+    Attributes:
+        directory: where weights are loaded from, and tokenizer and licence are copied from.
+    """
+
+    text_encoder: clip.TextConfig
+    unet: unet.UNetConfig
+    vae: vae.VAEConfig
+    schedule: Schedule
+    directory: pathlib.Path
+
+
+def directory_of(name: str) -> pathlib.Path:
+    """Where a model lies: a path, or `embedded` for the one in this package."""
+    return (
+        pathlib.Path(__file__).parents[1] / "embedded" if name == "embedded" else pathlib.Path(name)
+    )
+
+
+def models_of_run(
+    model: str, workdir: str | os.PathLike[str]
+) -> dict[str, tuple[pathlib.Path, ...]]:
+    """The directories of the models to compare: of `dense`, and of what the run has made.
+
+    `pruned` has one too; `routed` has one an expert, in their order: as it was fine-tuned, or, if
+    it had no prompts to learn from, as it was cut.
+    """
+    work = pathlib.Path(workdir)
+    found: dict[str, tuple[pathlib.Path, ...]] = {"dense": (directory_of(model),)}
+    if (work / "pruned").is_dir():
+        found["pruned"] = (work / "pruned",)
+    paths = [*(work / "experts").glob("[0-9]*"), *(work / "finetuned").glob("[0-9]*")]
+    experts = {int(path.name): path for path in paths if path.name.isdigit()}
+    if experts:
+        found["routed"] = tuple(experts[index] for index in sorted(experts))
+    return found
+
+
+def open_model(directory: str | os.PathLike[str]) -> Model:
+    """Reads and checks every config of a diffusers directory; weights are not touched.
+
+    Class names of Flax and other names of the past are taken as what they were.
+
+    Raises:
+        ValueError: naming everything that is not Stable Diffusion 2.
+    """
+    directory = pathlib.Path(directory)
+    problems = config_files.index_problems(tensors.read_json(directory / "model_index.json"))
+    readers = {
+        "text_encoder": clip.TextConfig.from_json,
+        "unet": unet.UNetConfig.from_json,
+        "vae": vae.VAEConfig.from_json,
+        "scheduler": Schedule.from_json,
+    }
+    values, configs = {}, {}
+    for name, from_json in readers.items():
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        try:
+            values[name] = config_files.read_config(directory / name / file)
+            configs[name] = from_json(values[name])
+        except ValueError as error:
+            problems.append(str(error))
+        except (TypeError, ZeroDivisionError) as error:  # a list for a number, 0 groups
+            problems.append(f"{name}/{file} has a value that cannot be: {error}")
+    problems += config_files.other_models(values.get("unet", {}))
+    if problems:
+        raise ValueError(f"{directory} cannot be used:\n  " + "\n  ".join(problems))
+    config_files.warn_of_prediction_type(values["unet"], configs["scheduler"].prediction_type)
+    return Model(schedule=configs.pop("scheduler"), directory=directory, **configs)
+
+
+def param_shapes(model: Model, component: str) -> dict[str, Any]:
+    """Nested `jax.ShapeDtypeStruct`s of a component: one of `COMPONENTS`."""
+    return _traced_shapes(component, getattr(model, component))
+
+
+@functools.cache  # tracing a UNet takes seconds
+def _traced_shapes(component: str, config: Any) -> dict[str, Any]:
+    shapes = {
+        "text_encoder": clip.text_param_shapes,
+        "unet": unet.param_shapes,
+        "vae": vae.param_shapes,
+    }
+    return shapes[component](config)
+
+
+def load(
+    model: Model,
+    component: str,
+    *,
+    dtype: Any = None,
+    variant: str | None = None,
+    sharding: Any = None,
+    allow_nonfinite: bool = False,
+) -> dict[str, Any]:
+    """Reads the parameters of a component; see `load_params`."""
+    return load_params(
+        model.directory / component,
+        param_shapes(model, component),
+        dtype=dtype,
+        variant=variant,
+        sharding=sharding,
+        allow_nonfinite=allow_nonfinite,
+    )
+
+
+def save(
+    model: Model,
+    params: Mapping[str, Any],
+    directory: str | os.PathLike[str],
+    *,
+    dtype: Any,
+    variant: str | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = weights.MAX_SHARD_BYTES,
+) -> None:
+    """Writes a complete diffusers directory, which appears under its name only when complete.
+
+    Every process calls it; the first one writes.
+
+    Args:
+        model: its configs are written, over the keys of those in `model.directory`.
+        params: parameters by component. Components left out are taken from `model.directory`
+            byte for byte, as hard links where possible.
+        directory: must not exist, unless `overwrite`.
+        dtype: of the weights in `params`; None keeps that of each leaf.
+        variant: of the weights that are copied.
+        overwrite: replace a model that is there.
+        max_shard_bytes: see `save_params`.
+
+    Raises:
+        ValueError: if `directory` is taken, or `save_params` or `find_weights` raises.
+    """
+    directory = pathlib.Path(directory).resolve()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if not overwrite:
+            raise ValueError(f"{directory} exists: choose another name, or overwrite it")
+        if not (directory / "model_index.json").is_file():
+            raise ValueError(f"{directory} is not a model, so it is not overwritten")
+    sharding.wait_for_all(f"{directory.name} checked")
+    is_writer = jax.process_index() == 0
+    new = directory.with_name(f"{directory.name}.tmp")
+    try:
+        if is_writer:
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+            new.mkdir(parents=True)
+            config_files.write_small_files(model.directory, new, model.schedule)
+        for component in COMPONENTS:
+            if is_writer:
+                (new / component).mkdir()
+            if component in params:
+                tree, stem = params[component], _STEMS[component]
+                save_params(
+                    new / component, tree, dtype=dtype, name=stem, max_shard_bytes=max_shard_bytes
+                )
+                if is_writer:
+                    _write_config(model, component, tree, dtype, new)
+            elif is_writer:
+                _copy_component(model.directory / component, new / component, variant)
+    except BaseException:
+        if is_writer:
+            shutil.rmtree(new, ignore_errors=True)
+        raise
+    if is_writer:
+        _replace(directory, new)
+    sharding.wait_for_all(f"{directory.name} written")
+
+
+def _write_config(
+    model: Model, component: str, params: Mapping[str, Any], dtype: Any, new: pathlib.Path
+) -> None:
+    config = getattr(model, component)
+    path = model.directory / component / "config.json"
+    ours = {field.name for field in dataclasses.fields(config)} | {"dtype", "torch_dtype"}
+    values = config_files.read_config(path) if path.is_file() else {}
+    values = {key: value for key, value in values.items() if key not in ours} | config.to_json()
+    if component == "text_encoder":  # transformers loads in the dtype that it reads here
+        leaf = next(iter(convert.flatten(params).values()))
+        values["torch_dtype"] = np.dtype(dtype or leaf.dtype).name
+    tensors.write_json(new / component / "config.json", values)
+
+
+def _copy_component(source: pathlib.Path, target: pathlib.Path, variant: str | None) -> None:
+    """Copies config and weights; a variant is given the name that needs no variant."""
+    mark = f".{variant}" if variant else ""
+    path = tensors.find_weights(source, variant)
+    names = {path.name: path.name.replace(mark, "")}
+    if path.suffix == ".json":
+        names |= {shard: shard for shard in tensors.read_weight_map(path).values()}
+    for name, new_name in names.items():
+        file = (source / name).resolve()  # a cache of downloads is made of symbolic links
+        try:
+            os.link(file, target / new_name)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(file, target / new_name)
+    tensors.write_json(target / "config.json", config_files.read_config(source / "config.json"))
+
+
+def _replace(directory: pathlib.Path, new: pathlib.Path) -> None:
+    """Puts `new`, once all of it is on the disk, in the place of `directory`."""
+    for path in (new, *new.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    old = directory.with_name(f"{directory.name}.old")
+    if directory.exists() and any(directory.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)  # left by a save that was killed at its end
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)

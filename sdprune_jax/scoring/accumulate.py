@@ -1,0 +1,102 @@
+"""The compiled programs of a calibration: what they read, record and add up."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from sdprune_jax import sharding
+from sdprune_jax.models import clip, samplers, unet
+from sdprune_jax.scoring import recorder
+from sdprune_jax.scoring.recorder import LayerStats, Stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a compiled calibration depends on, beside the shapes of its arguments."""
+
+    config: Any
+    dtype: Any
+    mesh: Mesh
+    layers: tuple[tuple[str, int], ...]  # path of the kernel, and number of inputs
+    statistic: str
+    fraction: float = 1.0
+    guided: bool = False
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.layers]
+
+
+@partial(jax.jit, static_argnames="setup", donate_argnames="stats")
+def add_texts(
+    setup: Setup, params: Any, stats: Stats, ids: Int[Array, "b n"], weight: Float[Array, "b n"]
+) -> Stats:
+    """`stats` and what one batch of texts adds; tokens count by their weight."""
+    apply: Any = clip.TextTower(setup.config, setup.dtype).apply
+    record = recorder.apply_and_record
+    _, new = record(apply, params, (ids,), setup.paths, setup.statistic, weight)
+    return _add(setup, stats, new)
+
+
+@partial(jax.jit, static_argnames="setup", donate_argnames="stats")
+def add_trajectories(
+    setup: Setup,
+    params: Any,
+    stats: Stats,
+    noise: Float[Array, "b h w c"],
+    text: Float[Array, "b n d"],
+    weight: Float[Array, " b"],
+    negative: Float[Array, "1 n d"],
+    table: samplers.Timetable,
+    alphas: Float[Array, " calls"],
+    guidance_scale: Float[Array, ""],
+    key: Key[Array, ""],
+) -> Stats:
+    """`stats` and what denoising one batch adds; calls count by `alphas`, prompts by `weight`."""
+    apply: Any = unet.UNet(setup.config, setup.dtype).apply
+    if setup.guided:
+        text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
+        weight = jnp.concatenate([weight, weight])
+
+    def call(carry: Any, inputs: Any) -> Any:
+        state, stats = carry
+        row, alpha, number = inputs
+        x = jnp.concatenate([state.x, state.x]) if setup.guided else state.x
+        out, new = recorder.apply_and_record(
+            apply, params, (x, jnp.broadcast_to(row.timestep, x.shape[:1]), text), setup.paths,
+            setup.statistic, alpha * weight, setup.fraction, jax.random.fold_in(key, number),
+        )  # fmt: skip
+        if setup.guided:
+            without, prompted = jnp.split(out, 2)
+            out = without + guidance_scale * (prompted - without)
+        return (samplers.step(state, row, out), _add(setup, stats, new)), None
+
+    steps = (table, alphas, jnp.arange(len(alphas)))
+    (_, stats), _ = jax.lax.scan(call, (samplers.start(noise), stats), steps)
+    return stats
+
+
+of_rows = jax.jit(recorder.of_rows, static_argnames="statistic")
+
+
+def _add(setup: Setup, old: Stats, new: Stats) -> Stats:
+    return _placed(jax.tree.map(jnp.add, old, new), setup.mesh)
+
+
+@partial(jax.jit, static_argnames="setup")
+def zeros(setup: Setup) -> Stats:
+    """Empty statistics, the large ones split over the mesh."""
+    num_axes = 1 if setup.statistic == "moments" else 2
+    zeros = {
+        path: LayerStats(jnp.zeros([n_in] * num_axes), jnp.zeros(())) for path, n_in in setup.layers
+    }
+    return _placed(zeros, setup.mesh)
+
+
+def _placed(stats: Stats, mesh: Mesh) -> Stats:
+    return jax.lax.with_sharding_constraint(stats, sharding.fsdp_shardings(stats, mesh))

@@ -1,0 +1,159 @@
+"""Gradients of the denoising loss by the UNet's parameters, summed over timesteps."""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from sdprune_jax import config, pipeline, sharding
+from sdprune_jax.data import cache, emoji, pictures
+from sdprune_jax.files import model_directory
+from sdprune_jax.models import noise_schedule, unet
+from sdprune_jax.training import encoded
+
+
+class Sums(NamedTuple):
+    """What a first-order criterion reads.
+
+    Attributes:
+        grads: as the parameters; float32, on the host.
+        losses: of every timestep that counted, the mean over pictures; from the least noise on.
+    """
+
+    grads: Any
+    losses: list[float]
+
+
+def of_pictures(
+    model: model_directory.Model,
+    params: Any,
+    mesh: Mesh,
+    section: config.Gradients,
+    seed: int,
+    variant: str | None = None,
+) -> Sums:
+    """The sums over some of the embedded training pictures, under their canonical captions.
+
+    Raises:
+        ValueError: as `sums`.
+    """
+    pairs = pictures.embedded("train")
+    rows = np.random.default_rng(seed).permutation(len(pairs.images))[: section.num_images]
+    pairs = emoji.Pairs(*(x[rows] for x in pairs))
+    of_each = config.RouterData(captions_per_image=1)
+    texts = pictures.prompts(of_each, pairs, "train", seed).texts
+    found = encoded.examples(of_each, model, pairs, texts, mesh, None, variant)
+    latents = found.mean[:, 0] * np.float32(model.vae.scaling_factor)
+    return sums(model, params, mesh, latents, found.states, section, seed)
+
+
+def sums(
+    model: model_directory.Model,
+    params: Any,
+    mesh: Mesh,
+    latents: Float[np.ndarray, "images h w c"],
+    text: Float[np.ndarray, "images n d"],
+    section: config.Gradients,
+    seed: int,
+) -> Sums:
+    """Sums, over timesteps, the gradient of the loss of the same pictures under the same noise.
+
+    Args:
+        model: the configs of a diffusers directory.
+        params: of its UNet, float32.
+        mesh: batches are split over all of its axes.
+        latents: clean ones, scaled as the UNet knows them.
+        text: states of the prompt of each.
+        section: timesteps, and where they end.
+        seed: of the noise, which a picture has to itself.
+
+    Raises:
+        ValueError: if a batch does not divide among the devices.
+
+    Source: Diff-Pruning (https://arxiv.org/abs/2305.10924), algorithm 1: steps from the clean
+        picture on, up to the first whose loss is below a share of the largest.
+    """
+    if section.batch_size % mesh.size:
+        raise ValueError(
+            f"gradients.batch_size is {section.batch_size}, expected a multiple of the"
+            f" {mesh.size} devices"
+        )
+    alphas = noise_schedule.alphas_cumprod(model.schedule).astype(np.float32)
+    setup = _Setup(model.unet, model.schedule.prediction_type, mesh)
+    shardings = sharding.fsdp_shardings(model_directory.param_shapes(model, "unet"), mesh)
+    params = sharding.place(params, shardings)
+    total, losses = _zeros(setup, params), []
+    for step in range(section.num_timesteps):
+        timestep = step * len(alphas) // section.num_timesteps
+        grads, loss = _zeros(setup, params), 0.0
+        for rows in cache.in_batches(len(latents), section.batch_size):
+            weight = np.zeros(len(rows), np.float32)  # a row that fills up the batch has none
+            weight[: len(set(rows.tolist()))] = 1 / len(latents)
+            noise = pipeline.image_noise(jax.random.key(seed), jnp.asarray(rows), latents.shape[1:])
+            batch = (latents[rows], noise, text[rows].astype(np.float32), weight)
+            batch = sharding.place(batch, sharding.batch_sharding(mesh))
+            at = jnp.int32(timestep), jnp.float32(alphas[timestep])
+            grads, part = _add(setup, params, grads, *batch, *at)
+            loss += float(part)
+        if loss < section.loss_threshold * max(losses, default=0):
+            logging.info("timesteps from %d on have too small a loss to count", timestep)
+            break
+        losses.append(loss)
+        total = _plus(setup, total, grads)
+    return Sums(jax.tree.map(sharding.to_host, total), losses)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """What the compiled functions depend on, beside the shapes of their arguments."""
+
+    config: unet.UNetConfig
+    prediction_type: str
+    mesh: Mesh
+
+
+@partial(jax.jit, static_argnames="setup", donate_argnames="grads")
+def _add(
+    setup: _Setup,
+    params: Any,
+    grads: Any,
+    x0: Float[Array, "b h w c"],
+    noise: Float[Array, "b h w c"],
+    text: Float[Array, "b n d"],
+    weight: Float[Array, " b"],
+    timestep: Int[Array, ""],
+    alpha: Float[Array, ""],
+) -> tuple[Any, Float[Array, ""]]:
+    """Adds the gradient of a weighted loss; also returns that loss."""
+    alphas = jnp.broadcast_to(alpha, weight.shape)
+    target = noise_schedule.training_target(x0, noise, alphas, setup.prediction_type)
+    noisy = noise_schedule.add_noise(x0, noise, alphas)
+    timesteps = jnp.broadcast_to(timestep, weight.shape)
+
+    def loss_of(params: Any) -> Float[Array, ""]:
+        out: Any = unet.UNet(setup.config).apply({"params": params}, noisy, timesteps, text)
+        return jnp.sum(weight * jnp.mean((out - target) ** 2, axis=(1, 2, 3)))
+
+    loss, new = jax.value_and_grad(loss_of)(params)
+    return _placed(setup, jax.tree.map(jnp.add, grads, new)), loss
+
+
+@partial(jax.jit, static_argnames="setup")
+def _zeros(setup: _Setup, like: Any) -> Any:
+    return _placed(setup, jax.tree.map(jnp.zeros_like, like))
+
+
+@partial(jax.jit, static_argnames="setup", donate_argnames="total")
+def _plus(setup: _Setup, total: Any, grads: Any) -> Any:
+    return _placed(setup, jax.tree.map(jnp.add, total, grads))
+
+
+def _placed(setup: _Setup, tree: Any) -> Any:
+    shardings = sharding.fsdp_shardings(tree, setup.mesh)
+    return jax.lax.with_sharding_constraint(tree, shardings)

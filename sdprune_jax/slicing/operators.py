@@ -1,0 +1,119 @@
+"""LD-Pruner: what the removal of one block does to the latents that come out."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Float64
+
+from sdprune_jax import pipeline, sharding
+from sdprune_jax.data import cache
+from sdprune_jax.files import model_directory
+from sdprune_jax.models import samplers, unet
+from sdprune_jax.scoring.trajectory import Trajectory
+
+
+def score(
+    model: model_directory.Model,
+    params: Any,
+    mesh: Mesh,
+    text: Float[np.ndarray, "prompts n d"],
+    negative: Float[np.ndarray, "1 n d"],
+    names: Sequence[str],
+    seed: int,
+    trajectory: Trajectory,
+) -> dict[str, Float64[np.ndarray, " 1"]]:
+    """How far the latents of some prompts move, each block removed alone.
+
+    Every prompt starts from the same noise each time. Gates remove the blocks, so that one program
+    serves all of them.
+
+    Args:
+        model: the configs of a diffusers directory.
+        params: of its UNet, float32.
+        mesh: batches are split over all of its axes.
+        text: last hidden states of the prompts.
+        negative: of the negative prompt.
+        names: of `sites.operators`.
+        seed: of the noise.
+        trajectory: sampler and guidance.
+
+    Returns:
+        By name, one number, never negative.
+
+    Raises:
+        ValueError: if a batch does not divide among the devices.
+
+    Source: LD-Pruner (https://arxiv.org/abs/2404.11936): the distance between the means of both
+        sets of latents, and that between their standard deviations, summed.
+    """
+    if trajectory.batch_size % mesh.size:
+        raise ValueError(
+            f"calibration.batch_size is {trajectory.batch_size}, expected a multiple of the"
+            f" {mesh.size} devices"
+        )
+    sample, split = _make_sample(model, mesh, names, trajectory), sharding.batch_sharding(mesh)
+    shardings = sharding.fsdp_shardings(model_directory.param_shapes(model, "unet"), mesh)
+    params = sharding.place(params, shardings)
+    size = trajectory.latent_size or (model.unet.sample_size,) * 2
+    shape, key = (*size, model.unet.in_channels), jax.random.key(seed)
+
+    def statistics(gates: Float32[np.ndarray, " names"]) -> Float64[np.ndarray, "2 latent"]:
+        found = []
+        for rows in cache.in_batches(len(text), trajectory.batch_size):
+            noise = pipeline.image_noise(key, jnp.asarray(rows), shape)
+            placed = sharding.place((noise, text[rows]), split)
+            latents = sharding.to_host(sample(params, *placed, negative, gates))
+            found.append(latents[: len(set(rows.tolist()))])
+        flat = np.concatenate(found).reshape(len(text), -1).astype(np.float64)
+        return np.stack([flat.mean(axis=0), flat.std(axis=0)])
+
+    whole = np.ones(len(names), np.float32)
+    before, scores = statistics(whole), {}
+    for i, name in enumerate(names):
+        without = statistics(np.where(np.arange(len(names)) == i, np.float32(0), whole))
+        scores[name] = np.linalg.norm(without - before, axis=1).sum(keepdims=True)
+    return scores
+
+
+def _make_sample(
+    model: model_directory.Model, mesh: Mesh, names: Sequence[str], trajectory: Trajectory
+) -> Any:
+    """`(params, noise, text, negative, gates) -> latents`, with a gate for each of `names`."""
+    apply: Any = unet.UNet(model.unet).apply
+    guided = trajectory.guidance_scale > 1
+    table = samplers.timetable(model.schedule, trajectory.sampler, trajectory.num_steps)
+    split = sharding.batch_sharding(mesh)
+
+    @partial(jax.jit, in_shardings=(None, split, split, None, None), out_shardings=split)
+    def sample(
+        params: Any,
+        noise: Float[Array, "b h w c"],
+        text: Float[Array, "b n d"],
+        negative: Float[Array, "1 n d"],
+        gates: Float[Array, " names"],
+    ) -> Float[Array, "b h w c"]:
+        if guided:
+            text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
+        own = {
+            name: jnp.broadcast_to(gate, (len(text), 1))
+            for name, gate in zip(names, gates, strict=True)
+        }
+
+        def call(state: samplers.SamplerState, row: samplers.Timetable) -> Any:
+            x = jnp.concatenate([state.x, state.x]) if guided else state.x
+            timestep = jnp.broadcast_to(row.timestep, x.shape[:1])
+            out = apply({"params": params}, x, timestep, text, own)
+            if guided:
+                without, prompted = jnp.split(out, 2)
+                out = without + trajectory.guidance_scale * (prompted - without)
+            return samplers.step(state, row, out), None
+
+        state, _ = jax.lax.scan(call, samplers.start(noise), jax.tree.map(jnp.asarray, table))
+        return state.x
+
+    return sample

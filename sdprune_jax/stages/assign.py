@@ -1,0 +1,151 @@
+"""Stages `assign` and `materialise`: from codes and prompts to one smaller model each."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from sdprune_jax import config, sites
+from sdprune_jax.aptp import assignment, balance, expert_files, gates, router_training
+from sdprune_jax.aptp.layout import Layout, layout_of
+from sdprune_jax.data import cache, emoji, pictures
+from sdprune_jax.files import model_directory
+from sdprune_jax.sites import macs
+from sdprune_jax.training import encoded
+
+_TOLERANCE = 0.02  # of the budget, beyond which a warning is due
+
+
+def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
+    """Gives every prompt of every split its expert, and every expert its architecture.
+
+    Returns:
+        `workdir/assign`: `assign.json`, with shares, balance and budget; `architectures.npy`,
+        which of all gates each expert keeps; and `experts_<split>.npy`, of every prompt.
+
+    Raises:
+        ValueError: if the run has no finished router, or not the gates that `final_codes` asks for.
+    """
+    section, work = run.assign, pathlib.Path(run.workdir)
+    assert section is not None
+    model = model_directory.open_model(model_directory.directory_of(run.model))
+    params, trained, values = router_training.load(work, model, mesh)
+    output = work / "assign"
+    made_from = cache.fingerprint(dataclasses.asdict(section), values["made_from"])
+    if expert_files.is_complete(output, made_from, "assign.json"):
+        return output
+
+    layout = layout_of(sites.table(model.unet))
+    if section.final_codes == "stored":
+        code_gates = _stored_gates(work / "router", section.fit_budget)
+    else:
+        code_gates = _code_gates(params, layout, section.final_codes, values["seed"])
+    similarity, labels = {}, {}
+    for split in emoji.SPLITS:
+        pairs = pictures.load(trained.data, split)
+        prompts = pictures.prompts(trained.data, pairs, split, values["seed"])
+        embedding = encoded.embeddings(
+            trained.data, model, prompts.texts, mesh, work / "router" / "cache",
+            values["variant"] or None,
+        )  # fmt: skip
+        similarity[split] = assignment.similarities(
+            params, embedding, layout, code_gates, section.route_noise
+        )
+        labels[split] = prompts
+    costs = router_training.budget_costs(trained, model, tuple(values["latent_size"]))
+    offsets = np.zeros(trained.num_codes, np.float32)
+    if section.balance == "optimal_transport":
+        offsets = balance.offsets(similarity["train"])
+    experts = {split: assignment.nearest(s, offsets) for split, s in similarity.items()}
+    counts = np.bincount(experts["train"], minlength=trained.num_codes)
+    keep, shift = np.asarray(code_gates) >= 0.5, np.zeros(1)
+    unfitted = _kept(keep, layout, costs)
+    if section.fit_budget != "none":
+        average = np.atleast_2d(counts / counts.sum())
+        weights = average if section.fit_budget == "average" else np.eye(trained.num_codes)
+        logits, noise = _final_logits(params, section.final_codes, values["seed"])
+        shift, keep = balance.fit_budget(
+            lambda shift: np.asarray(gates.soft_gates(logits + shift, noise, layout)) >= 0.5,
+            lambda keep: weights @ _kept(keep, layout, costs),
+            trained.macs_budget,
+            len(weights),
+        )
+    kept = _kept(keep, layout, costs)
+
+    partial = expert_files.fresh(output)
+    arrays = {"architectures": keep, "offsets": offsets, "code_gates": np.asarray(code_gates)}
+    of_prompts = {f"experts_{split}": found for split, found in experts.items()}
+    expert_files.save_arrays(partial, arrays | of_prompts)
+    report = {}
+    for split, found in experts.items():
+        report[split] = balance.figures(found, kept, trained.macs_budget)
+        report[split] |= balance.information(found, _labels(labels[split]))
+    if len(dead := report["train"]["dead"]):
+        logging.warning("%d of %d experts get no prompt: %s", len(dead), trained.num_codes, dead)
+    if abs(report["val"]["macs"] / trained.macs_budget - 1) > _TOLERANCE:
+        logging.warning("unseen prompts keep %.4f of the MACs", report["val"]["macs"])
+    far = np.flatnonzero(abs(kept / trained.macs_budget - 1) > _TOLERANCE)
+    if section.fit_budget == "each" and len(far):
+        told = ", ".join(f"{index} keeps {kept[index]:.4f}" for index in far)
+        logging.warning("no width gates bring these experts to the budget: %s", told)
+    values = {
+        "made_from": made_from,
+        "section": dataclasses.asdict(section),
+        "macs_budget": trained.macs_budget,
+        "mac_counter": trained.mac_counter,
+        "latent_size": values["latent_size"],
+        "logit_shift": shift.tolist(),
+        "macs_of_codes": unfitted.tolist(),
+        "macs_of_experts": kept.tolist(),
+        "units_that_differ": balance.differences(keep),
+        "splits": report,
+    }
+    return expert_files.finish(partial, output, "assign.json", values)
+
+
+def _labels(prompts: pictures.Prompts) -> dict[str, Int[np.ndarray, " rows"]]:
+    """What may be said of who draws a prompt: of embedded pictures, drawing style and group."""
+    if prompts.concept is None or prompts.style is None:
+        return {}
+    groups = [emoji.concepts()[c].group for c in prompts.concept]
+    return {"style": prompts.style, "group": np.unique(groups, return_inverse=True)[1]}
+
+
+def _final_logits(
+    params: Any, final_codes: str, seed: int
+) -> tuple[Float[Array, "k d"], Float[Array, "..."]]:
+    """Logits of the codes, and the noise that decides their gates: its median, or one draw."""
+    codes = jnp.asarray(params["codes"])
+    if final_codes == "median":
+        return codes, jnp.asarray(gates.MEDIAN_NOISE)
+    return codes, gates.gumbel(jax.random.uniform(jax.random.key(seed), codes.shape))
+
+
+def _code_gates(params: Any, layout: Layout, final_codes: str, seed: int) -> Float[Array, "k d"]:
+    logits, noise = _final_logits(params, final_codes, seed)
+    return gates.soft_gates(logits, noise, layout)
+
+
+def _stored_gates(directory: pathlib.Path, fit_budget: str) -> Float[Array, "k d"]:
+    """The gates of the last training step of a router that was converted."""
+    path, problems = directory / assignment.CODE_GATES, []
+    if not path.is_file():
+        problems.append(f"{path} is not there: only routers of tools/convert.py have it")
+    if fit_budget != "none":
+        problems.append("fit_budget moves logits, not gates that are stored: set it to none")
+    if problems:
+        raise ValueError("config.assign.final_codes=stored is not possible: " + "; ".join(problems))
+    return jnp.asarray(np.load(path))
+
+
+def _kept(
+    keep: Bool[np.ndarray, "k d"], layout: Layout, costs: macs.SiteMacs
+) -> Float[np.ndarray, " k"]:
+    """The share of all MACs that each expert keeps."""
+    return np.asarray(router_training.kept_shares(jnp.asarray(keep, jnp.float32), layout, costs))

@@ -1,0 +1,138 @@
+"""Stage `evaluate`: every model of the run under one protocol.
+
+Images are kept as files and features in a cache, so an interrupted evaluation goes on, and one of
+more images or other metrics computes what is missing.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from sdprune_jax import config, pipeline, sharding
+from sdprune_jax.aptp import routed
+from sdprune_jax.data import cache
+from sdprune_jax.evaluate import images, measuring, needs, networks, scores, task
+from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
+from sdprune_jax.files import model_directory, tensors
+
+
+def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
+    """Writes `workdir/evaluate.json`: the protocol, and every figure of every model.
+
+    Beside a figure stand the number of its images and, where there is one, its interval. What means
+    are of, image by image, is in `evaluate/values-*.npz`, by the record's fingerprint: prompts and
+    noise are the same for all models of all runs of a protocol, so these can be compared in pairs.
+
+    Raises:
+        ValueError: naming what the protocol needs that is not there.
+    """
+    section, work = run.evaluate, pathlib.Path(run.workdir)
+    assert section is not None
+    protocol = PROTOCOLS[section.protocol]
+    directories = model_directory.models_of_run(run.model, work)
+    dense = model_directory.open_model(directories["dense"][0])
+    size = (protocol.generate_size or dense.unet.sample_size * dense.vae.downscale,) * 2
+    needs.check(section, size[0])
+    asked = task.load(
+        protocol.data, section.data, section.num_images or protocol.num_images,
+        needs.has_pictures(section, protocol),
+    )  # fmt: skip
+    num_images = len(asked.prompts)  # rows that were skipped are missing
+    perceptual = networks.load_lpips(section.networks, dense, size)
+    record = work / "evaluate.json"
+    states = routed.states(directories, work)
+    made_from = cache.fingerprint(
+        dataclasses.asdict(section), dataclasses.asdict(protocol), run.seed, run.dtype,
+        run.variant, states, asked.state, asked.prompts, needs.states(section, protocol),
+        *([perceptual.weights] if perceptual else []),
+    )  # fmt: skip
+    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
+        logging.info("%s is complete: made from the same config and models", record)
+        return record
+
+    folders = {
+        name: work / "evaluate" / f"{name}-{_key(run, protocol, state, asked, size)}"
+        for name, state in states.items()
+    }
+    models = routed.models(directories, work, dense, asked.prompts, mesh)
+    _render(run, mesh, protocol, models, folders, asked.prompts, size)
+    loaded = measuring.load_networks(section, protocol, dense)
+    figures = measuring.measure(
+        section, mesh, protocol, loaded, folders, asked, work / "evaluate" / "cache"
+    )
+    for name, folder in folders.items():
+        if name != "dense":
+            pair = (folder, folders["dense"], num_images)
+            figures[name] |= scores.to_dense(*pair, section.num_resamples)
+            if perceptual:
+                figures[name] |= scores.lpips_to_dense(
+                    *pair, perceptual, mesh, num_resamples=section.num_resamples
+                )
+    of_each: dict[str, Any] = {
+        f"{name}/{key}": x
+        for name, found in figures.items()
+        for key, x in scores.take_values(found).items()
+    }
+    values = {
+        "made_from": made_from,
+        "dense": states["dense"][0],
+        "protocol": dataclasses.asdict(protocol)
+        | {"evaluated": num_images, "references": asked.num_references}
+        | {"height": size[0], "width": size[1], "seed": run.seed, "dtype": run.dtype},
+        "weights": {name: network.weights for name, network in loaded.items()}
+        | ({"lpips": perceptual.weights} if perceptual else {}),
+        "models": {
+            name: drawn.said() | {"figures": figures[name]} for name, drawn in models.items()
+        },
+    }
+    if jax.process_index() == 0:
+        np.savez(values_path(work, made_from), **of_each)
+        tensors.write_json(record, values)
+    sharding.wait_for_all(record.name)
+    return record
+
+
+def values_path(workdir: pathlib.Path, made_from: str) -> pathlib.Path:
+    """Where the values of each image are: arrays `model/figure` of one evaluation."""
+    return workdir / "evaluate" / f"values-{made_from}.npz"
+
+
+def _key(
+    run: config.Run, protocol: Protocol, state: Any, asked: task.Task, size: tuple[int, int]
+) -> str:
+    """Changes with all that an image depends on, but for how many there are."""
+    how = (protocol.data, protocol.sampler or "", protocol.num_steps, protocol.guidance_scale)
+    return cache.fingerprint(how, state, asked.state, size, run.seed, run.dtype, run.variant)
+
+
+def _render(
+    run: config.Run,
+    mesh: Mesh,
+    protocol: Protocol,
+    models: Mapping[str, routed.Drawn],
+    folders: Mapping[str, pathlib.Path],
+    prompts: Sequence[str],
+    size: tuple[int, int],
+) -> None:
+    assert run.evaluate is not None
+    for name, drawn in models.items():
+        for directory, index in drawn.parts():
+            model = model_directory.open_model(directory)
+            sample = pipeline.make_sample(
+                model, mesh, sampler=protocol.sampler, num_steps=protocol.num_steps,
+                guided=protocol.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
+            )  # fmt: skip
+            variant = run.variant if name == "dense" else None
+            # The weights are named nowhere here: they are gone before the next expert's come.
+            images.complete(
+                folders[name], model, pipeline.load(model, mesh, variant), sample,
+                prompts, index, size=size, seed=run.seed, batch_size=run.evaluate.batch_size,
+                guidance_scale=protocol.guidance_scale, negative_prompt="",
+            )  # fmt: skip

@@ -1,0 +1,171 @@
+"""Stage `finetune`: every expert learns from its own prompts and from the dense UNet."""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from sdprune_jax import config, sharding
+from sdprune_jax.aptp import expert_files
+from sdprune_jax.data import cache, pictures
+from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.training import distillation, encoded, loop, settings_file
+
+_NUM_EVALUATED = 8  # batches of unseen prompts
+
+
+class _Task(NamedTuple):
+    """What the trainings of all experts have in common."""
+
+    run: config.Run
+    section: config.Finetune
+    model: model_directory.Model
+    examples: Mapping[str, encoded.Examples]
+    frozen: loop.Params
+    mesh: Mesh
+    trainings: pathlib.Path
+
+
+def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
+    """Trains the experts of the run one after another, or resumes where it was.
+
+    Returns:
+        `workdir/finetuned`: diffusers directories `00`, `01`, … with their `prompts.json`, and
+        `finetune.json`, with the losses before and after, and the experts that were skipped.
+
+    Raises:
+        ValueError: if the run has no experts, none of them has prompts, or the section asks for
+            what cannot be.
+    """
+    section, work = run.finetune, pathlib.Path(run.workdir)
+    assert section is not None
+    experts, output = expert_files.read(work), work / "finetuned"
+    model = model_directory.open_model(model_directory.directory_of(run.model))
+    settings = dataclasses.asdict(section)
+    settings |= {"seed": run.seed, "dtype": run.dtype, "variant": run.variant}
+    made_from = cache.fingerprint(settings, experts.made_from)
+    record, trainings = output / "finetune.json", work / "finetune" / experts.made_from
+    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
+        logging.info("%s is complete: made from the same config and experts", output)
+        return output
+    settings_file.keep(trainings, settings, run.force)
+
+    examples = {}
+    for split in ("train", "val"):
+        pairs = pictures.load(experts.data, split)
+        texts = pictures.prompts(experts.data, pairs, split, experts.seed).texts
+        examples[split] = encoded.examples(
+            experts.data, model, pairs, texts, mesh, experts.cache, run.variant or None
+        )
+    frozen = {
+        "teacher": _load(model, mesh, run.variant or None),
+        "null": jnp.asarray(examples["train"].null, jnp.float32),
+    }
+    task = _Task(run, section, model, examples, frozen, mesh, trainings)
+
+    partial = _partial(output, made_from)
+    done, skipped = [], []
+    for expert, source in enumerate(experts.directories):
+        name = source.name
+        rows = {split: np.flatnonzero(experts.rows[split] == expert) for split in examples}
+        if not len(rows["train"]):
+            logging.warning("expert %s has no prompt to train on: skipped", name)
+            skipped.append(name)
+            continue
+        if not sharding.of_first((partial / name / "finetune.json").exists):
+            figures = _train_expert(task, source, partial / name, rows)
+            if jax.process_index() == 0:
+                shutil.copyfile(source / "prompts.json", partial / name / "prompts.json")
+                tensors.write_json(partial / name / "finetune.json", figures)
+            sharding.wait_for_all(name)
+        done.append({"directory": name} | tensors.read_json(partial / name / "finetune.json"))
+    if not done:
+        raise ValueError(f"none of the {len(skipped)} experts in {work} has a prompt to train on")
+    values = {
+        "made_from": made_from,
+        "made_from_experts": experts.made_from,
+        "section": dataclasses.asdict(section),
+    }
+    values |= {"experts": done, "skipped": skipped}
+    return expert_files.finish(partial, output, "finetune.json", values)
+
+
+def _train_expert(
+    task: _Task,
+    source: pathlib.Path,
+    target: pathlib.Path,
+    rows: Mapping[str, Int[np.ndarray, " _rows"]],
+) -> dict[str, Any]:
+    """Trains the expert in `source` and writes it to `target`.
+
+    Returns:
+        How many prompts it has, by split, and its losses on unseen ones, `before` and `after`.
+    """
+    section, seed, expert = task.section, task.run.seed, model_directory.open_model(source)
+    training = section.training
+    loss_fn = distillation.make_loss(section, task.model, expert.unet, jnp.dtype(task.run.dtype))
+    params = _load(expert, task.mesh, None)
+
+    def batch_at(step: int) -> dict[str, Any]:
+        picked = loop.rows_of_batch(len(rows["train"]), training.batch_size, step, seed)
+        return task.examples["train"].batch(rows["train"][picked], [seed, step])
+
+    evaluate = _evaluator(task, loss_fn, rows["val"] if training.num_evals else rows["val"][:0])
+    before = evaluate(params)
+    params = loop.fit(
+        loss_fn, params, distillation.make_optimizer(section), batch_at, task.frozen,
+        mesh=task.mesh, num_steps=training.num_steps, ema_decay=training.ema_decay, seed=seed,
+        directory=task.trainings / f"expert-{source.name}", log_every=training.log_every,
+        save_every=training.save_every, evaluate=evaluate,
+        eval_every=max(training.num_steps // max(training.num_evals, 1), 1),
+    )  # fmt: skip
+    dtype = jnp.dtype(section.save_dtype)
+    model_directory.save(expert, {"unet": params}, target, dtype=dtype, overwrite=target.exists())
+    prompts = {split: len(mine) for split, mine in rows.items()}
+    return {"prompts": prompts, "before": before, "after": evaluate(params)}
+
+
+def _evaluator(
+    task: _Task, loss_fn: loop.LossFn, rows: Int[np.ndarray, " rows"]
+) -> Callable[[loop.Params], dict[str, float]]:
+    """Losses of unseen prompts, with the same noise and timesteps every time; none without any."""
+    loss_of, split = jax.jit(loss_fn), sharding.batch_sharding(task.mesh)
+    batch_size = task.section.training.batch_size
+
+    def evaluate(params: loop.Params) -> dict[str, float]:
+        found: list[loop.Metrics] = []
+        for picked in cache.in_whole_batches(len(rows), batch_size, _NUM_EVALUATED):
+            batch = sharding.place(task.examples["val"].batch(rows[picked], [0]), split)
+            found.append(loss_of(params, task.frozen, batch, jax.random.key(int(picked[0])))[1])
+        fetched = jax.device_get(found)
+        names = fetched[0] if fetched else ()
+        return {f"val_{name}": float(np.mean([m[name] for m in fetched])) for name in names}
+
+    return evaluate
+
+
+def _load(model: model_directory.Model, mesh: Mesh, variant: str | None) -> loop.Params:
+    """Parameters of a UNet in float32, the large ones split over the mesh."""
+    shardings = sharding.fsdp_shardings(model_directory.param_shapes(model, "unet"), mesh)
+    return model_directory.load(
+        model, "unet", dtype=np.float32, variant=variant, sharding=shardings
+    )
+
+
+def _partial(output: pathlib.Path, made_from: str) -> pathlib.Path:
+    """Where finished experts wait for the others; emptied if they are of another config."""
+    partial = output.with_name(f"{output.name}.tmp")
+    record = partial / "made_from.json"
+    if jax.process_index() == 0 and not tensors.is_record_of(record, made_from):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors.write_json(record, {"made_from": made_from})
+    return partial

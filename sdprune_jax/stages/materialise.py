@@ -1,0 +1,63 @@
+"""Stage `materialise`: cuts every expert out of the dense UNet."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sdprune_jax import config, sites
+from sdprune_jax.aptp import assignment, expert_files, router_training
+from sdprune_jax.aptp.layout import layout_of, to_architecture
+from sdprune_jax.data import cache, emoji
+from sdprune_jax.files import model_directory
+from sdprune_jax.sites import zero_padding
+
+
+def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
+    """Cuts every expert out of the dense UNet: the weights are loaded first, then sliced.
+
+    Returns:
+        `workdir/experts`, of `expert_files.write`; with `zero_padded`, each also in the dense
+        shape.
+
+    Raises:
+        ValueError: if the run has no assignment, or one of another router, or the UNet cannot be
+            sliced so.
+    """
+    section, work = run.materialise, pathlib.Path(run.workdir)
+    assert section is not None
+    model = model_directory.open_model(model_directory.directory_of(run.model))
+    assigned = assignment.read_assignment(work)
+    _, trained, values = router_training.load(work, model, mesh)
+    assignment.check_assignment(work, assigned, values)
+    purpose = expert_files.Purpose(
+        trained.data, values["seed"], values["variant"], trained.mac_counter,
+        tuple(assigned["latent_size"]), "router/cache",
+    )  # fmt: skip
+    made_from = cache.fingerprint(
+        dataclasses.asdict(section), assigned["made_from"], dataclasses.asdict(purpose),
+        cache.directory_state(model.directory),
+    )  # fmt: skip
+    if expert_files.is_written(work, made_from):
+        return work / "experts"
+
+    layout = layout_of(sites.table(model.unet))
+    dense = model_directory.load(model, "unet", variant=purpose.variant or None)
+    dense = jax.tree.map(np.asarray, dense)
+
+    def cuts() -> Iterator[expert_files.Cut]:
+        for vector in np.load(work / "assign" / "architectures.npy"):
+            architecture = to_architecture(vector, layout)
+            params, unet_config = sites.slice_params(dense, model.unet, architecture)
+            kept = {site: int(units.sum()) for site, units in architecture.items()}
+            padded = None
+            if section.zero_padded:
+                padded = zero_padding.zero_params(dense, model.unet, architecture)
+            yield expert_files.Cut(params, unet_config, kept, padded)
+
+    rows = {split: np.load(work / "assign" / f"experts_{split}.npy") for split in emoji.SPLITS}
+    record = {"made_from": made_from, "assignment": assigned["made_from"]}
+    return expert_files.write(run, model, dense, cuts(), purpose, rows, section.save_dtype, record)

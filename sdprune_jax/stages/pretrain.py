@@ -1,0 +1,98 @@
+"""Stage `pretrain`: a model of Stable Diffusion 2's architecture, from nothing but captions.
+
+As the original was trained: a CLIP first, then an autoencoder, then the UNet on the frozen text
+tower and the autoencoder's latents.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import transformers
+from absl import logging
+from jax.sharding import Mesh
+
+from sdprune_jax import config, sharding
+from sdprune_jax.data import cache, captions, emoji, tokenizer
+from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.pretrain import autoencoder, contrastive, denoiser, soup
+from sdprune_jax.training import settings_file
+
+
+def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
+    """Trains what `run.pretrain` asks for, or resumes it.
+
+    Returns:
+        The diffusers directory `workdir/model`, with the whole CLIP in `workdir/model/clip`.
+
+    Raises:
+        ValueError: if the run was begun with other settings.
+    """
+    section, work = run.pretrain, pathlib.Path(run.workdir) / "pretrain"
+    assert section is not None
+    directory, record = pathlib.Path(run.workdir) / "model", work / "done.json"
+    made_from = cache.fingerprint(dataclasses.asdict(section), run.seed)
+    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
+        logging.info("%s is complete: made from the same config", directory)
+        return directory
+    settings = {"seed": run.seed} | dataclasses.asdict(section)
+    begun = settings_file.keep(work, settings, run.force)
+    data = {split: emoji.load(split) for split in emoji.SPLITS}
+    if section.num_images:
+        data = {
+            split: emoji.Pairs(*(x[: section.num_images] for x in pairs))
+            for split, pairs in data.items()
+        }
+    words = _tokenizer(section.clip, work / "tokenizer", begun)
+    clip_config = contrastive.configure(section.clip, len(words))
+    clip_params = contrastive.train_clip(
+        section.clip, clip_config, words, data, run.seed, mesh, work / "clip"
+    )
+    clip_params = soup.averaged(
+        section.clip, clip_config, clip_params, words, data, run.seed, mesh, work / "clip"
+    )
+    vae_config = autoencoder.configure(section.vae)
+    vae_params = autoencoder.train_vae(section.vae, vae_config, data, run.seed, mesh, work / "vae")
+    vae_config, vae_params, latents = autoencoder.encode(
+        vae_config, vae_params, data, work / "cache"
+    )
+    text_config, text_params = contrastive.text_encoder(clip_config, clip_params)
+    states = denoiser.encode_captions(
+        text_config, text_params, words, data, section.unet.captions_per_image, run.seed,
+        work / "cache",
+    )  # fmt: skip
+    unet_config = denoiser.configure(section.unet, vae_config, text_config)
+    unet_params = denoiser.train_unet(
+        section.unet, unet_config, vae_config.scaling_factor, latents, states, run.seed, mesh,
+        work / "unet",
+    )  # fmt: skip
+    model = model_directory.Model(text_config, unet_config, vae_config, denoiser.SCHEDULE, work)
+    params = {"text_encoder": text_params, "unet": unet_params, "vae": vae_params}
+    model_directory.save(model, params, directory, dtype=np.float16, overwrite=directory.exists())
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        (directory / "clip").mkdir()
+    model_directory.save_params(directory / "clip", clip_params, dtype=np.float16, name="model")
+    if is_writer:
+        tensors.write_json(directory / "clip" / "config.json", clip_config.to_json())
+        tensors.write_json(record, {"made_from": made_from})
+    sharding.wait_for_all(record.name)
+    return directory
+
+
+def _tokenizer(
+    section: config.PretrainCLIP, directory: pathlib.Path, begun: bool
+) -> transformers.CLIPTokenizer:
+    """Made anew until a training has read it: what it is made from may have changed."""
+    if jax.process_index() == 0 and not (begun and (directory / "vocab.json").exists()):
+        rng = np.random.default_rng(0)
+        drawn = [pair for pair, split in emoji.split_of().items() if split == "train"]
+        texts = [
+            captions.augmented(rng, emoji.concepts()[concept], emoji.styles()[style].word)
+            for concept, style in drawn
+            for _ in range(3)
+        ]
+        tokenizer.train(texts, directory, section.vocab_size, section.max_length)
+    sharding.wait_for_all(directory.name)
+    return tokenizer.load(directory)

@@ -1,0 +1,63 @@
+"""Stage `slice`: one smaller UNet for all prompts, by one criterion, at one budget of MACs.
+
+It is written as a set of one expert, so that stage `finetune` trains it as it trains APTP's, and
+what is compared is the architecture alone.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from sdprune_jax import config
+from sdprune_jax.aptp import expert_files
+from sdprune_jax.data import cache, captions, emoji, pictures
+from sdprune_jax.files import model_directory
+from sdprune_jax.slicing import criteria
+
+
+def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
+    """Cuts the UNet of the run as `run.slice` asks.
+
+    Returns:
+        `workdir/experts`, of `expert_files.write`, with one expert.
+
+    Raises:
+        ValueError: if the budget cannot be kept, or the UNet not be cut so.
+    """
+    section, work = run.slice, pathlib.Path(run.workdir)
+    assert section is not None
+    model = model_directory.open_model(model_directory.directory_of(run.model))
+    made_from = cache.fingerprint(
+        "slice", dataclasses.asdict(section), captions.state(section.calibration.prompts),
+        run.seed, run.variant, cache.directory_state(model.directory),
+    )  # fmt: skip
+    if expert_files.is_written(work, made_from):
+        return work / "experts"
+
+    train = pictures.load(section.data, "train")
+    size = section.latent_size or train.images.shape[1] // model.vae.downscale
+    dense = model_directory.load(model, "unet", dtype=np.float32, variant=run.variant or None)
+    dense = jax.tree.map(np.asarray, dense)
+    task = criteria.Task(section, model, dense, (size, size), mesh, run.seed, run.variant)
+    made = criteria.CRITERIA[section.criterion](task)
+
+    purpose = expert_files.Purpose(
+        section.data, run.seed, run.variant, section.mac_counter, (size, size), "slice/cache"
+    )
+    rows = {}
+    for split in emoji.SPLITS:
+        pairs = pictures.load(section.data, split)
+        texts = pictures.prompts(section.data, pairs, split, run.seed).texts
+        rows[split] = np.zeros(len(texts), np.int32)
+    record = {
+        "made_from": made_from,
+        "slice": {"criterion": section.criterion, "macs_budget": section.macs_budget} | made.said,
+    }
+    cut = expert_files.Cut(made.params, made.unet, made.kept)
+    output = expert_files.write(run, model, dense, [cut], purpose, rows, section.save_dtype, record)
+    logging.info("%s: one UNet for all prompts, by %s", output, section.criterion)
+    return output

@@ -1,0 +1,224 @@
+"""Stage `sweep`: many pruned models, one table, and the sparsity at which each method breaks.
+
+No model is written. A row is added to the table once it is whole, so a sweep that was stopped goes
+on with what is missing, and one of more points computes only those.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from sdprune_jax import config, sharding, sites
+from sdprune_jax.data import cache, captions
+from sdprune_jax.evaluate import needs, task
+from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
+from sdprune_jax.files import convert, model_directory, tensors
+from sdprune_jax.pruning import request
+from sdprune_jax.sweep import cliff, points, trial
+
+_KINDS = ("fid", "clip_score", "recall")  # of metrics; the others say the same at more cost
+
+_Row = dict[str, Any]
+_RowOf = Callable[[config.SweepPoint, int], _Row]  # of a point and a seed; measured if need be
+
+
+def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
+    """Writes `workdir/sweep.json`: the dense model, every point, every cliff.
+
+    The first pictures of each stay in `workdir/sweep`.
+
+    Raises:
+        ValueError: naming every point that cannot be pruned as it says, and what else is missing.
+    """
+    section, work = run.sweep, pathlib.Path(run.workdir)
+    assert section is not None
+    model = model_directory.open_model(model_directory.directory_of(run.model))
+    protocol = _protocol(section)
+    edge = protocol.generate_size or model.unet.sample_size * model.vae.downscale
+    _refuse(section, model, protocol, edge)
+    asked = task.load(
+        protocol.data, section.measure.data, section.measure.num_images or protocol.num_images,
+        needs.has_pictures(section.measure, protocol),
+    )  # fmt: skip
+    made_from = cache.fingerprint(
+        *map(dataclasses.asdict, (section.measure, section.calibration, protocol)),
+        captions.state(section.calibration.prompts), run.dtype, run.variant,
+        cache.directory_state(model.directory), asked.state, asked.prompts,
+        needs.states(section.measure, protocol),
+    )  # fmt: skip
+    file, folder = work / "sweep.json", work / "sweep"
+    names = [metric.name for metric in protocol.metrics if metric.kind == "clip_score"]
+    values: dict[str, Any] = {
+        "made_from": made_from,
+        "model": run.model,
+        "protocol": dataclasses.asdict(protocol)
+        | {"evaluated": len(asked.prompts), "references": asked.num_references}
+        | {"height": edge, "width": edge, "dtype": run.dtype},
+        "agreement": names[0],
+        "prompts": list(asked.prompts[: section.num_kept]),
+        "dense": [],
+        "rows": [],
+        "cliffs": [],
+    }
+    if sharding.of_first(lambda: tensors.is_record_of(file, made_from)):
+        old = tensors.read_json(file)
+        values |= {name: old[name] for name in ("dense", "rows", "cliffs")}
+        logging.info("%s has %d rows already", file, len(values["rows"]))
+    elif jax.process_index() == 0:
+        file.unlink(missing_ok=True)  # of another sweep, and so are the pictures
+        shutil.rmtree(folder, ignore_errors=True)
+    bench = functools.cache(
+        lambda: trial.open_bench(run, mesh, model, protocol, asked, (edge, edge), folder)
+    )
+    seeds = range(run.seed, run.seed + section.num_seeds)
+    row_of = functools.partial(_row_of, bench, values, file, section.num_kept)
+    for seed in seeds:
+        _dense_of(bench, values, file, seed)
+        for i, point in enumerate(section.points):
+            row_of(point, seed)
+            logging.info("seed %d: %d of %d points", seed, i + 1, len(section.points))
+    if section.cliff:
+        found = [
+            _cliff_of(section.cliff, series, criterion, values, row_of, seeds)
+            for series in points.series(section.points)
+            for criterion in (values["agreement"], trial.DISTANCE)
+        ]
+        if found != values["cliffs"]:
+            values["cliffs"] = found
+            _write(file, values)
+    return file
+
+
+def _row_of(
+    bench: Callable[[], trial.Bench],
+    values: dict[str, Any],
+    file: pathlib.Path,
+    num_kept: int,
+    point: config.SweepPoint,
+    seed: int,
+) -> _Row:
+    key = cache.fingerprint(dataclasses.asdict(point), seed)
+    for row in values["rows"]:
+        if row["key"] == key:
+            return row
+    dense = _dense_of(bench, values, file, seed)
+    folder = file.parent / "sweep" / key / "images"
+    try:
+        found = trial.trial(bench(), point, seed, folder, file.parent / dense["images"])
+    except FloatingPointError as error:  # a broken model is a result, and others are to come
+        logging.warning("a point failed: %s", error)
+        found = trial.failed(bench(), point, seed, str(error))
+    row = {"key": key} | found
+    values["rows"].append(row)
+    _write(file, values)
+    sharding.wait_for_all(key)  # nobody reads its pictures any more
+    if jax.process_index() == 0:
+        trial.keep(folder, len(bench().asked.prompts), num_kept)
+    return row
+
+
+def _dense_of(
+    bench: Callable[[], trial.Bench], values: dict[str, Any], file: pathlib.Path, seed: int
+) -> _Row:
+    for row in values["dense"]:
+        if row["seed"] == seed:
+            return row
+    row = trial.dense(bench(), seed, file.parent / "sweep" / f"dense-{seed}" / "images")
+    values["dense"].append(row)
+    _write(file, values)
+    return row
+
+
+def _cliff_of(
+    section: config.Cliff,
+    series: points.Series,
+    criterion: str,
+    values: dict[str, Any],
+    row_of: _RowOf,
+    seeds: Sequence[int],
+) -> dict[str, Any]:
+    """The cliff of a series by one figure, averaged over seeds; or why there is none."""
+    dense = {row["seed"]: row for row in values["dense"]}
+    is_distance = criterion == trial.DISTANCE
+
+    @functools.cache
+    def share(sparsity: float) -> float:
+        if sparsity == 0:
+            return 0.0
+        shares = []
+        for seed in seeds:
+            figures = row_of(series.point(sparsity), seed)["figures"]
+            if not figures:
+                return np.inf
+            shares.append(
+                cliff.way_to_chance(
+                    figures[criterion]["value"],
+                    0.0 if is_distance else dense[seed]["figures"][criterion]["value"],
+                    dense[seed]["chance"][criterion],
+                    higher_is_better=not is_distance,
+                )
+            )
+        return float(np.mean(shares))
+
+    found: dict[str, Any] = {
+        "component": series.component, "method": points.method(series.section),
+        "criterion": criterion, "limit": section.limit,
+    }  # fmt: skip
+    try:
+        tried = {sparsity: share(sparsity) for sparsity in (0.0, *series.sparsities)}
+        low, high = cliff.bracket(tried, section.limit)
+        if high is None and low >= section.highest:
+            raise cliff.NoBreakError(f"whole still at {low:g}, and highest is {section.highest:g}")
+        high = section.highest if high is None else high
+        edge = cliff.bisect(share, low, high, section.tolerance, section.limit)
+    except cliff.NoBreakError as error:
+        logging.warning("no cliff of %s: %s", found, error)
+        return found | {"why_not": str(error)}
+    whole_again = [s for s, way in tried.items() if s > edge.broken and way <= section.limit]
+    return found | edge._asdict() | {"whole_again": whole_again}
+
+
+def _protocol(section: config.Sweep) -> Protocol:
+    protocol = PROTOCOLS[section.measure.protocol]
+    metrics = tuple(metric for metric in protocol.metrics if metric.kind in _KINDS)
+    steps = section.num_steps or protocol.num_steps
+    return dataclasses.replace(protocol, metrics=metrics, num_steps=steps)
+
+
+def _refuse(
+    section: config.Sweep,
+    model: model_directory.Model,
+    protocol: Protocol,
+    edge: int,
+) -> None:
+    """Raises for all that would end the sweep later, at once."""
+    problems = needs.problems(section.measure, protocol, edge, "config.sweep.measure")
+    asked = {f"points[{i}]": point for i, point in enumerate(section.points)}
+    if section.cliff:  # bisected between points, or up to `highest`
+        found = enumerate(points.series(section.points))
+        asked |= {f"cliff.highest, series {i}": s.point(section.cliff.highest) for i, s in found}
+    for where, point in asked.items():
+        for name, part in points.sections(point).items():
+            shapes = model_directory.param_shapes(model, name)
+            leaves = convert.flatten(shapes)
+            layers = sites.prunable(shapes, name, part.scope)
+            try:
+                request.check({path: leaves[path] for path in layers}, part)
+            except ValueError as error:
+                problems.append(f"{where}.{name}: {error}")
+    if problems:
+        raise ValueError("config.sweep is not possible:\n  " + tensors.listing(problems))
+
+
+def _write(file: pathlib.Path, values: dict[str, Any]) -> None:
+    if jax.process_index() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tensors.write_json(file, values)
