@@ -22,7 +22,7 @@ import jax
 from absl import app, logging
 from jax.sharding import Mesh
 
-from sdprune_jax import config, sharding
+from sdprune_jax import UserError, config, sharding
 from sdprune_jax.config import checks, command_line
 from sdprune_jax.files import tensors
 
@@ -37,7 +37,7 @@ def main(command: command_line.Command) -> None:
     try:
         os.getcwd()  # a library would fail later, and say less
     except FileNotFoundError as error:
-        raise ValueError("the current directory was deleted: cd to one that is there") from error
+        raise UserError("the current directory was deleted: cd to one that is there") from error
     if run.mesh.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", run.mesh.cpu_devices)
         keep_freed_memory()
@@ -62,7 +62,7 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
             a stage cannot do what its section says.
     """
     if not any(getattr(run, stage) for stage in config.STAGES):
-        raise ValueError(f"the config sets no stage: none of {', '.join(config.STAGES)}")
+        raise UserError(f"the config sets no stage: none of {', '.join(config.STAGES)}")
     mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp)
     checks.check_devices(run, mesh.size)
     if run.evaluate:
@@ -95,7 +95,7 @@ def save(run: config.Run) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors.write_json(path, dataclasses.asdict(run))
     except OSError as error:
-        raise ValueError(_unwritable(run.workdir, error)) from error
+        raise UserError(_unwritable(run.workdir, error)) from error
 
 
 @contextlib.contextmanager
@@ -114,7 +114,7 @@ def alone(workdir: str) -> Iterator[None]:
             except OSError as error:
                 problem = _unwritable(workdir, error)
         if sharding.of_first(lambda: bool(problem)):
-            raise ValueError(problem or "the first process cannot use config.workdir, as it says")
+            raise UserError(problem or "the first process cannot use config.workdir, as it says")
         yield
 
 

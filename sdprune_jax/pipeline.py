@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from sdprune_jax import sharding
+from sdprune_jax import NotFiniteError, sharding
 from sdprune_jax.data import cache, tokenizer
 from sdprune_jax.files import model_directory
 from sdprune_jax.files.model_directory import Model
@@ -194,7 +194,7 @@ def to_bytes(images: Float[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b h w 3
     """
     bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
     if bad.size:
-        raise FloatingPointError(
+        raise NotFiniteError(
             f"images {bad.tolist()} of the batch are not finite: compute in float32"
             " (config.dtype), or set upcast_attention in unet/config.json"
         )

@@ -13,6 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Shaped
 
+from sdprune_jax import UserError
+
 MIN_SHARDED_BYTES = 4 * 2**20  # smaller arrays are cheaper to replicate than to gather
 _HEARTBEAT_SECONDS = 30  # of silence until a process counts as dead, and the others end
 
@@ -33,11 +35,11 @@ def start_processes(coordinator: str, num_processes: int, process_id: int) -> No
     given = f"mesh.coordinator={coordinator!r}, num_processes={num_processes}, {process_id=}"
     explicit = coordinator not in ("", "auto")
     if explicit and not re.fullmatch(r".+:\d+", coordinator):
-        raise ValueError(f"{given}: expected HOST:PORT of the first process, `auto`, or nothing")
+        raise UserError(f"{given}: expected HOST:PORT of the first process, `auto`, or nothing")
     if explicit and process_id >= num_processes:
-        raise ValueError(f"{given}: expected process_id from 0 to num_processes - 1 on each")
+        raise UserError(f"{given}: expected process_id from 0 to num_processes - 1 on each")
     if not explicit and (num_processes or process_id):
-        raise ValueError(f"{given}: the last two are only for a coordinator HOST:PORT")
+        raise UserError(f"{given}: the last two are only for a coordinator HOST:PORT")
     if not coordinator:
         return
     # It would swallow SIGTERM, in stages that train nothing too; `signals` sees to it.
@@ -55,7 +57,7 @@ def start_processes(coordinator: str, num_processes: int, process_id: int) -> No
         hint = "start it by srun, mpirun, a JobSet or on every worker of a TPU, or give HOST:PORT"
         if explicit:
             hint = "start all of them, with the same address, which every host can reach"
-        raise ValueError(f"{given}: {str(error).splitlines()[0]}; {hint}") from error
+        raise UserError(f"{given}: {str(error).splitlines()[0]}; {hint}") from error
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -84,11 +86,11 @@ def arrange(data: int, fsdp: int, devices: Sequence[Any]) -> Shaped[np.ndarray, 
     legal = [n for n in range(1, of_slice + 1) if of_slice % n == 0]
     if fsdp not in legal:
         where = f" in each of {num_slices} slices" if num_slices > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"mesh.fsdp={fsdp} does not divide {of_slice} devices{where}; use one of {legal}"
         )
     if data not in (-1, count // fsdp):
-        raise ValueError(
+        raise UserError(
             f"mesh.data={data} times mesh.fsdp={fsdp} is not {count} devices;"
             f" use data={count // fsdp}, or -1 for all that are left"
         )

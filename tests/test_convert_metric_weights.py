@@ -1,10 +1,12 @@
-"""sdprune convert-metric-weights: published shapes, values against PyTorch, refused files."""
+"""tools/convert_metric_weights.py: published shapes, values against PyTorch, refused files."""
 
 import hashlib
 import json
 import math
 import pathlib
 
+import clip_files
+import convert_metric_weights as tool
 import jax
 import numpy as np
 import pytest
@@ -12,8 +14,6 @@ import tiny_clip
 import transformers
 from safetensors.numpy import save_file
 
-from sdprune_jax.commands import clip_files
-from sdprune_jax.commands import convert_metric_weights as tool
 from sdprune_jax.files import convert, weights
 from sdprune_jax.models import clip, inception
 

@@ -98,7 +98,7 @@ def test_what_a_protocol_lacks_is_said_before_any_work(tmp_path):
     asked = config.Run(workdir=str(tmp_path / "run"), evaluate=section)
     with pytest.raises(
         ValueError,
-        match=r"needs the network .* sdprune convert-metric-weights",
+        match=r"needs the network .* tools/convert_metric_weights.py",
     ):
         evaluate.run(asked, sharding.make_mesh())
     with pytest.raises(ValueError, match=r"set config\.evaluate\.data"):

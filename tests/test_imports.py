@@ -45,19 +45,27 @@ def test_module_imports_only_from_earlier_layers(path):
         return
     assert here in RANK, f"{here} has no place in LAYERS"
     ours = {name.split(".")[1] for name in _imports(path) if name.startswith("sdprune_jax.")}
+    ours -= {"UserError", "NotFiniteError"}
     late = {name for name in ours - {here} if RANK.get(name, 99) >= RANK[here]}
     assert not late, f"{here} may not import {late}"
 
 
-def test_package_imports_only_what_requirements_name():
+def _roots(paths) -> set[str]:
+    return {name.split(".")[0] for path in paths for name in _imports(path)}
+
+
+def test_package_imports_what_requirements_name_and_they_name_nothing_else():
     text = (ROOT / "requirements.txt").read_text()
-    pinned = {re.split("[=;]", line)[0].lower() for line in text.splitlines() if line[:1] != "#"}
+    required = {re.split("[=;]", line)[0].lower() for line in text.splitlines() if line[:1] != "#"}
     sold_as = importlib.metadata.packages_distributions()
-    roots = {name.split(".")[0] for path in FILES for name in _imports(path)}
-    missing = {
-        root
-        for root in roots - set(sys.stdlib_module_names) - {"sdprune_jax"}
-        if not pinned & {name.lower() for name in sold_as.get(root, [])}
-    }
+    packages = lambda root: {name.lower() for name in sold_as.get(root, [root])}
+    roots = _roots(FILES) - set(sys.stdlib_module_names) - {"sdprune_jax"}
+    missing = {root for root in roots - {"torch"} if not required & packages(root)}
     assert not missing, f"not in requirements.txt: {missing}"
-    assert not roots & {"torch", "tensorflow"}
+    unused = required - set().union(*map(packages, roots)) - {"importlib_resources"}
+    assert not unused, f"in requirements.txt for nothing: {unused}"
+
+
+def test_torch_is_imported_by_the_command_for_it_alone():
+    torch_side = ROOT / "sdprune_jax" / "commands" / "torch_model.py"
+    assert not _roots(set(FILES) - {torch_side}) & {"torch", "tensorflow"}

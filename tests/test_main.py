@@ -13,9 +13,9 @@ import aptp_model
 import pytest
 from absl import flags
 
-import sdprune_jax
-from sdprune_jax import config, main, pretrain, pruning, report
+from sdprune_jax import config, main
 from sdprune_jax.config import command_line
+from sdprune_jax.stages import plan
 
 SOURCE = """
 from sdprune_jax import config
@@ -121,27 +121,24 @@ def test_config_that_cannot_be_loaded_is_told_with_its_place(file):
 def test_only_the_stages_that_are_set_run_in_order(file, monkeypatch):
     calls = []
 
-    def stub(package, name, *arguments):
+    def stub(name):
         def stage(*given):
-            assert tuple(type(x).__name__ for x in given) == arguments
-            calls.append(whole)
-            return pathlib.Path(whole)
+            assert tuple(type(x).__name__ for x in given) == ("Run", "Mesh")
+            calls.append(name)
+            return pathlib.Path(name)
 
-        whole = f"{package.__name__}.{name}".removeprefix("sdprune_jax.")
-        stage_module = types.SimpleNamespace(run=stage)
-        monkeypatch.setitem(sys.modules, f"sdprune_jax.{whole}", stage_module)
-        monkeypatch.setattr(package, name, stage_module, raising=False)
+        monkeypatch.setitem(
+            sys.modules, f"sdprune_jax.stages.{name}", types.SimpleNamespace(run=stage)
+        )
 
-    stub(pretrain, "run", "Run", "Mesh")
-    stub(pruning, "run", "Run", "Mesh")
-    stub(sdprune_jax, "generate", "Run", "Mesh")
-    stub(report, "run", "Run")
+    for name in ("pretrain", "prune", "generate", "report"):
+        stub(name)
     run = _parse(f"--config={file}").run
-    assert main.run_stages(run) == [pathlib.Path("pruning.run"), pathlib.Path("report.run")]
+    assert main.run_stages(run) == [pathlib.Path("prune"), pathlib.Path("report")]
     everything = dataclasses.replace(run, pretrain=config.Pretrain(), generate=config.Generate())
     calls.clear()
     main.run_stages(everything)
-    assert calls == ["pretrain.run", "pruning.run", "generate", "report.run"]
+    assert calls == ["pretrain", "prune", "generate", "report"]
     assert json.loads((pathlib.Path(run.workdir) / "config.json").read_text()) == json.loads(
         json.dumps(dataclasses.asdict(everything))
     )
@@ -241,9 +238,7 @@ def test_program_says_one_message_and_writes_nothing(file):
 
 
 def test_dry_run_prints_a_card_and_writes_nothing(file, monkeypatch, capsys):
-    card = types.SimpleNamespace(card=lambda run, num_devices: f"{run.workdir} on {num_devices}")
-    monkeypatch.setitem(sys.modules, "sdprune_jax.plan", card)
-    monkeypatch.setattr(sdprune_jax, "plan", card, raising=False)
+    monkeypatch.setattr(plan, "card", lambda run, num_devices: f"{run.workdir} on {num_devices}")
     main.main(_parse(f"--config={file}", "--dry_run"))
     assert capsys.readouterr().out == f"{file.with_name('work')} on 8\n"
     assert not _written_beside(file)

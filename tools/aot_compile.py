@@ -43,7 +43,7 @@ from absl import flags
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from sdprune_jax import sharding
+from sdprune_jax import UserError, sharding
 from sdprune_jax.config import command_line
 
 _GRIDS = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -88,7 +88,7 @@ def topology_name(text: str) -> str:
         return f"{kind}:{_GRIDS[int(count)]}"
     if re.fullmatch(rf"({'|'.join(aot_costs.CHIPS)}):\d+x\d+(x\d+)?", text):
         return text
-    raise ValueError(
+    raise UserError(
         f"--topology={text}: expected v5e-N or v6e-N with N of {', '.join(map(str, _GRIDS))}, or"
         " chips along each axis, such as v4:2x2x4, v5p:4x4x4 or v5e:4x4"
     )
@@ -101,14 +101,14 @@ def devices(name: str, num_slices: int) -> Sequence[Any]:
         ValueError: if libtpu is not installed, or knows no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"libtpu is not installed: pip install 'jax[tpu]=={jax.__version__}'")
+        raise UserError(f"libtpu is not installed: pip install 'jax[tpu]=={jax.__version__}'")
     options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
     if name.startswith("v4"):  # one device a chip, as on the machine itself
         options["chip_config_name"] = "megacore"
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"libtpu makes no --topology={name}: {error}") from error
+        raise UserError(f"libtpu makes no --topology={name}: {error}") from error
     return found.devices
 
 
@@ -125,7 +125,7 @@ def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         too_much = re.search(r"Ran out of memory.*", str(error))
         if not too_much:
             raise
-        raise ValueError(
+        raise UserError(
             f"{too_much[0][:300]}\n  a chip cannot hold it: raise config.mesh.fsdp, set remat in"
             " the stage's section, lower its batch_size, compute in config.dtype=bfloat16, or take"
             " more chips"

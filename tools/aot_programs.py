@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sdprune_jax import config, pipeline, sharding, sites
+from sdprune_jax import UserError, config, pipeline, sharding, sites
 from sdprune_jax.aptp import codebook, router, router_training
 from sdprune_jax.aptp.layout import layout_of
 from sdprune_jax.data import pictures
@@ -44,7 +44,7 @@ def lower(run: config.Run, stage: str, mesh: Mesh) -> jax.stages.Lowered:
     """
     section = getattr(run, "evaluate" if stage == "features" else stage)
     if section is None:
-        raise ValueError(f"--stage={stage}: config.{stage} is not set; use another stage or config")
+        raise UserError(f"--stage={stage}: config.{stage} is not set; use another stage or config")
     return STAGES[stage](run, section, mesh)
 
 
@@ -131,7 +131,7 @@ def _prune(run: config.Run, section: config.Prune, mesh: Mesh) -> jax.stages.Low
     statistic = methods.STATISTIC[part.method] if part else None
     if part is None or statistic in (None, "gradient"):
         fit = [name for name, kind in methods.STATISTIC.items() if kind not in (None, "gradient")]
-        raise ValueError(
+        raise UserError(
             "--stage=prune: nothing walks from noise to a picture; set config.prune.unet.method to"
             f" one of {', '.join(fit)}"
         )
@@ -240,7 +240,7 @@ def _split(
 
 def _check(section: str, batch_size: int, mesh: Mesh) -> None:
     if batch_size % mesh.size:
-        raise ValueError(
+        raise UserError(
             f"config.{section}: a batch of {batch_size} is not split over {mesh.size} devices;"
             f" use a multiple, such as {math.ceil(batch_size / mesh.size) * mesh.size}"
         )

@@ -30,6 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from absl import flags
 
+from sdprune_jax import UserError
 from sdprune_jax.config import command_line
 
 _SECONDS = 3600  # for a part to come to an end
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     run = command_line.parse(["rehearse", *rest], flags.FlagValues()).run
     work, count = pathlib.Path(run.workdir) / "rehearsal", asked.processes
     if work.exists():
-        raise ValueError(f"{work} is there: remove it, or choose another --config.workdir")
+        raise UserError(f"{work} is there: remove it, or choose another --config.workdir")
 
     one, many, parts = (work / name for name in ("one", "many", "parts"))
     all_devices = count * asked.devices
@@ -116,7 +117,7 @@ def _wait_for_lines(
     while _lines(workdir) < number:
         if any(process.poll() is not None for process in started):
             _end(started)
-            raise ValueError(f"a process ended before it logged a step: see {workdir}/*.log")
+            raise UserError(f"a process ended before it logged a step: see {workdir}/*.log")
         time.sleep(0.05)
 
 
@@ -128,7 +129,7 @@ def _compare(one: pathlib.Path, other: pathlib.Path) -> float:
     """Prints how far two runs are apart; returns by how much their losses are, relatively."""
     found, expected = _losses(other), _losses(one)
     if found.keys() != expected.keys():
-        raise ValueError(f"{other} logged other steps than {one}")
+        raise UserError(f"{other} logged other steps than {one}")
     apart = [abs(found[key] / expected[key] - 1) for key in expected]
     print(f"{other.name}: {len(apart)} losses, at most {max(apart):.1e} from those of one process")
     if (one / "evaluate.json").exists():
@@ -156,10 +157,10 @@ def _losses(workdir: pathlib.Path) -> dict[tuple[str, int], float]:
             if "loss" in line:
                 key = (str(path.parent.relative_to(workdir)), line["step"])
                 if key in found:
-                    raise ValueError(f"{path} has step {line['step']} twice")
+                    raise UserError(f"{path} has step {line['step']} twice")
                 found[key] = line["loss"]
     if not found:
-        raise ValueError(f"{workdir} logged no step: the config trains nothing")
+        raise UserError(f"{workdir} logged no step: the config trains nothing")
     return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int32
 
-from sdprune_jax import sites
+from sdprune_jax import UserError, sites
 from sdprune_jax.aptp import expert_files, gates, router, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
 from sdprune_jax.data import cache
@@ -71,7 +71,7 @@ def of_prompts(
     layout, directory = layout_of(sites.table(model.unet)), workdir / "assign"
     cut_for = expert_files.record(workdir).get("assignment", values["made_from"])
     if cut and (len(cut) != trained.num_codes or cut_for != values["made_from"]):
-        raise ValueError(
+        raise UserError(
             f"{workdir} has {len(cut)} experts of another assignment of prompts than its own: make"
             " them again, with --config.materialise=build"
         )
@@ -92,7 +92,7 @@ def read_assignment(workdir: pathlib.Path) -> dict[str, Any]:
     """
     path = workdir / "assign" / "assign.json"
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{path.parent} has no assignment of prompts: make one with --config.assign=build"
         )
     return tensors.read_json(path)
@@ -102,7 +102,7 @@ def check_assignment(
     workdir: pathlib.Path, assigned: Mapping[str, Any], router_record: Mapping[str, Any]
 ) -> None:
     if assigned["made_from"] != cache.fingerprint(assigned["section"], router_record["made_from"]):
-        raise ValueError(
+        raise UserError(
             f"{workdir / 'assign'} is not of the router beside it: assign again,"
             " --config.assign=build"
         )

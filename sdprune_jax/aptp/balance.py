@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
+from sdprune_jax import UserError
 from sdprune_jax.aptp import router
 
 _EPSILONS = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)  # from soft plans to hard ones
@@ -27,7 +28,7 @@ def offsets(similarity: Float32[np.ndarray, "rows k"]) -> Float32[np.ndarray, " 
     """
     if not np.isfinite(similarity).all():
         bad = np.count_nonzero(~np.isfinite(similarity).all(axis=1))
-        raise ValueError(
+        raise UserError(
             f"the similarities of {bad} prompts are not finite: the router, or an embedding, is"
             " damaged; train the router again"
         )

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int32
 
-from sdprune_jax import config, sharding, sites
+from sdprune_jax import UserError, config, sharding, sites
 from sdprune_jax.data import emoji, pictures
 from sdprune_jax.files import convert, model_directory, tensors
 from sdprune_jax.models import unet
@@ -170,7 +170,7 @@ def read(work: pathlib.Path) -> Experts:
     """
     directory = work / "experts"
     if not (directory / _RECORD).is_file():
-        raise ValueError(
+        raise UserError(
             f"{directory} has no experts: make them with --config.materialise=build, or one for"
             " all prompts with --config.slice=build"
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sdprune_jax import UserError
 from sdprune_jax.aptp import gates as gating
 from sdprune_jax.aptp import router
 from sdprune_jax.aptp.layout import Layout
@@ -35,7 +36,7 @@ def removable_budget(costs: macs.SiteMacs, macs_budget: float) -> float:
     kept = 1 - (1 - macs_budget) * costs.total / costs.removable
     always = costs.always / costs.total
     if not 0 < kept <= 1:
-        raise ValueError(
+        raise UserError(
             f"macs_budget is the share of all MACs to keep, got {macs_budget}: expected at most 1, "
             f"and more than {always:.4f}, what runs whatever the gates are"
         )

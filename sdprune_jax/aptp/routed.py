@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
+from sdprune_jax import UserError
 from sdprune_jax.aptp import assignment, expert_files
 from sdprune_jax.data import cache
 from sdprune_jax.files import model_directory
@@ -58,7 +59,7 @@ def states(directories: Directories, workdir: pathlib.Path) -> dict[str, list[An
     cut = expert_files.record(workdir)
     trained = expert_files.record(workdir, "finetuned/finetune.json")
     if cut and trained and trained.get("made_from_experts", cut["made_from"]) != cut["made_from"]:
-        raise ValueError(
+        raise UserError(
             f"{workdir / 'finetuned'} is of other experts than {workdir / 'experts'}: train them"
             " with --config.finetune=build, or remove it"
         )

@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from sdprune_jax import config, sharding, sites
+from sdprune_jax import UserError, config, sharding, sites
 from sdprune_jax.aptp import losses, router
 from sdprune_jax.aptp.gates import MEDIAN_NOISE, forward_gates, hard, soft_gates
 from sdprune_jax.aptp.layout import Layout, layout_of, to_gates
@@ -38,7 +38,7 @@ def check(
     costs = budget_costs(section, model, latent_size)
     lowest = lowest_share(costs, layout)
     if not lowest <= section.macs_budget <= 1:
-        raise ValueError(
+        raise UserError(
             f"config.router.macs_budget is {section.macs_budget}, the share of all MACs to keep:"
             f" expected from {lowest:.4f}, with one unit at every site and no block that can go,"
             " to 1"
@@ -140,7 +140,7 @@ def load(
     """
     directory = workdir / "router"
     if not (directory / "router.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{directory} has no finished router: train one first, with --config.router=build"
         )
     values = tensors.read_json(directory / "router.json")

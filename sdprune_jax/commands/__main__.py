@@ -6,7 +6,6 @@ import sys
 
 COMMANDS = {  # name on the command line -> module of this folder
     "convert": "convert",
-    "convert-metric-weights": "convert_metric_weights",
     "pack": "pack",
     "prepare-data": "prepare_data",
     "compare": "compare",
@@ -20,7 +19,7 @@ def main() -> None:
     if name not in COMMANDS:
         print(f"usage: sdprune {{{','.join(COMMANDS)}}} ...")
         sys.exit(0 if name in ("-h", "--help") else 2)
-    if name.startswith("convert"):  # nothing is computed: leave accelerators to others
+    if name == "convert":  # nothing is computed: leave accelerators to others
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.argv = [f"sdprune {name}", *rest]
     importlib.import_module(f"sdprune_jax.commands.{COMMANDS[name]}").main()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from sdprune_jax import config, sites
+from sdprune_jax import UserError, config, sites
 from sdprune_jax.aptp import assignment, gates, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
 from sdprune_jax.data import cache
@@ -70,7 +70,7 @@ def read_pruning(source: pathlib.Path, layout: Layout) -> Pruning:
     if not problems:
         problems += _tensor_problems(heads, codes, configs["hypernet"], layout)
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{source} is not a pruning that can be taken over:\n  " + tensors.listing(problems)
         )
     found, soft = np.float32(codes["embedding.weight"]), np.float32(codes["embedding_gs"])
@@ -110,7 +110,7 @@ def write_pruning(
     """
     output = target / "router"
     if output.exists():
-        raise ValueError(f"{output} exists: choose another directory, or remove it")
+        raise UserError(f"{output} exists: choose another directory, or remove it")
     layout = layout_of(sites.table(model.unet))
     found = read_pruning(source, layout)
     section = config.Router(

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdprune_jax import UserError
 from sdprune_jax.files import model_directory, tensors
 from sdprune_jax.metrics import interval
 from sdprune_jax.models import unet
@@ -98,7 +99,7 @@ def rows(runs: Sequence[pathlib.Path]) -> list[Row]:
         if how[0] != how[1]:
             problems.append(f"{run} is evaluated as {how[1]}, and the first run as {how[0]}")
     if problems:
-        raise ValueError("these runs do not compare:\n  " + "\n  ".join(problems))
+        raise UserError("these runs do not compare:\n  " + "\n  ".join(problems))
     found = []
     for run, record in records.items():
         stored = evaluate.values_path(run, record.get("made_from", ""))
@@ -150,10 +151,10 @@ def against(found: Sequence[Row], name: str) -> str:
     """
     names = [row.name for row in found]
     if names.count(name) != 1:
-        raise ValueError(f"--against is {name!r}, expected one of {', '.join(names)}, and no twin")
+        raise UserError(f"--against is {name!r}, expected one of {', '.join(names)}, and no twin")
     lacking = [row.name for row in found if not row.values]
     if lacking:
-        raise ValueError(
+        raise UserError(
             f"no values of each image of {', '.join(lacking)}: delete evaluate.json and evaluate"
             " again; images and features are kept, so that takes seconds"
         )

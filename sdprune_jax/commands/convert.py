@@ -24,6 +24,7 @@ from typing import Any
 import jax.numpy as jnp
 import safetensors.numpy
 
+from sdprune_jax import UserError
 from sdprune_jax.commands import aptp_files, flax_files, infer_configs, single_file
 from sdprune_jax.files import model_directory, tensors
 
@@ -39,17 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.target_format == "auto":
             args.target_format = "single" if target.suffix == ".safetensors" else "diffusers"
         if kind == "aptp" and args.config is None:
-            raise ValueError("what APTP's authors publish needs --config: the dense model it is of")
+            raise UserError("what APTP's authors publish needs --config: the dense model it is of")
         if kind == "aptp" and args.target_format != "diffusers":
-            raise ValueError("what APTP's authors publish has no single file: choose a directory")
+            raise UserError("what APTP's authors publish has no single file: choose a directory")
         if kind == "aptp" and (source / "hypernet").is_dir():
             dense = model_directory.open_model(args.config)
             print(aptp_files.write_pruning(source, target, dense, args.encoder))
             return
         if target.exists() and not args.overwrite:
-            raise ValueError(f"{target} exists: choose another name, or add --overwrite")
+            raise UserError(f"{target} exists: choose another name, or add --overwrite")
         if target.is_dir() and not (target / "model_index.json").is_file():
-            raise ValueError(f"{target} is not a model, so it is not overwritten")
+            raise UserError(f"{target} is not a model, so it is not overwritten")
         with _configs(args, kind) as model:
             params, extra = _read(args, kind, model)
             _write(args, model, params, extra)
@@ -100,7 +101,7 @@ def _format(source: pathlib.Path) -> str:
             return "aptp"
         return "flax" if is_flax and not has_safetensors else "diffusers"
     if source.suffix != ".safetensors":
-        raise ValueError(f"{source} is neither a directory nor a .safetensors file")
+        raise UserError(f"{source} is neither a directory nor a .safetensors file")
     return "single"
 
 
@@ -113,7 +114,7 @@ def _configs(args: argparse.Namespace, kind: str) -> Iterator[model_directory.Mo
     elif args.config is not None:
         yield model_directory.open_model(args.config)
     elif args.prediction_type is None:
-        raise ValueError(
+        raise UserError(
             "a single file does not say what it predicts: give --prediction-type or --config"
         )
     else:

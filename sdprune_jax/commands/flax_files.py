@@ -9,6 +9,7 @@ import msgpack
 import numpy as np
 from flax import serialization
 
+from sdprune_jax import UserError
 from sdprune_jax.files import configs, convert, model_directory, tensors
 
 FILES = {
@@ -38,13 +39,13 @@ def read(path: pathlib.Path, shapes: Mapping[str, Any], component: str) -> dict[
             another shape or dtype.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise UserError(f"{path} is missing")
     data = path.read_bytes()
     try:
         msgpack.unpackb(data, ext_hook=_check_array, strict_map_key=False)
         stored = serialization.msgpack_restore(data)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
-        raise ValueError(f"{path} is damaged or no Flax checkpoint: {error}") from error
+        raise UserError(f"{path} is damaged or no Flax checkpoint: {error}") from error
     leaves = convert.flatten(stored)
     expected = {".".join(keys(leaf, component)): leaf for leaf in convert.flatten(shapes)}
     wanted = convert.flatten(shapes)
@@ -55,7 +56,7 @@ def read(path: pathlib.Path, shapes: Mapping[str, Any], component: str) -> dict[
         if not isinstance(x, np.ndarray) or x.shape != want:
             problems.append(f"{name}: {getattr(x, 'shape', type(x).__name__)}, expected {want}")
     if problems:
-        raise ValueError(f"{path} does not fit its config:\n  {tensors.listing(problems)}")
+        raise UserError(f"{path} does not fit its config:\n  {tensors.listing(problems)}")
     return convert.unflatten({expected[name]: x for name, x in leaves.items()}, shapes)
 
 
@@ -96,16 +97,16 @@ def _flax_class(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_array(code: int, data: bytes) -> None:
     """Refuses arrays whose bytes are not exactly those of a shape of floating-point numbers."""
     if code != _NDARRAY:
-        raise ValueError(f"unexpected extension type {code}")
+        raise UserError(f"unexpected extension type {code}")
     shape, dtype, content = msgpack.unpackb(data, raw=True)
     kinds = {np.dtype(kind).name: np.dtype(kind).itemsize for kind in tensors.FLOATS.values()}
     size = kinds.get(dtype.decode(errors="replace") if isinstance(dtype, bytes) else "")
     if size is None:
-        raise ValueError(f"an array of dtype {dtype!r}, expected one of {list(kinds)}")
+        raise UserError(f"an array of dtype {dtype!r}, expected one of {list(kinds)}")
     num_bytes = size
     for length in shape:
         if not isinstance(length, int) or not 0 <= length <= len(content):
-            raise ValueError(f"an array of shape {shape} with {len(content)} bytes")
+            raise UserError(f"an array of shape {shape} with {len(content)} bytes")
         num_bytes *= length
     if num_bytes != len(content):
-        raise ValueError(f"an array of shape {shape} with {len(content)} bytes")
+        raise UserError(f"an array of shape {shape} with {len(content)} bytes")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sdprune_jax import UserError
 from sdprune_jax.commands.single_file import TEXT, UNET, VAE
 from sdprune_jax.files import tensors
 
@@ -25,7 +26,7 @@ def write_configs(
         UNET + "input_blocks.1.1.proj_in.weight" not in stored
         or TEXT + "ln_final.weight" not in stored
     ):
-        raise ValueError(
+        raise UserError(
             "the file is no Stable Diffusion 2 checkpoint: it lacks "
             f"{UNET}input_blocks.1.1.proj_in.weight or {TEXT}ln_final.weight"
         )

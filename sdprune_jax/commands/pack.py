@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from sdprune_jax import UserError
 from sdprune_jax.commands import sparse_files
 from sdprune_jax.files import model_directory
 
@@ -55,9 +56,9 @@ def pack(source: pathlib.Path, target: pathlib.Path) -> list[Sizes]:
     weights = _weights(source, WHOLE)
     if not weights:
         folders = ", ".join(f"{name}/" for name in model_directory.COMPONENTS)
-        raise ValueError(f"{source} has no *{WHOLE} in {folders}: give a diffusers directory")
+        raise UserError(f"{source} has no *{WHOLE} in {folders}: give a diffusers directory")
     if any(path.name.endswith(PACKED) for path in weights):
-        raise ValueError(f"{source} is packed: unpack it with --unpack")
+        raise UserError(f"{source} is packed: unpack it with --unpack")
     return _copy(source, target, weights, _pack_file)
 
 
@@ -69,7 +70,7 @@ def unpack(source: pathlib.Path, target: pathlib.Path) -> list[Sizes]:
     """
     weights = _weights(source, PACKED)
     if not weights:
-        raise ValueError(f"{source} has no *{PACKED}: there is nothing to unpack")
+        raise UserError(f"{source} has no *{PACKED}: there is nothing to unpack")
     return _copy(source, target, weights, _unpack_file)
 
 
@@ -115,9 +116,9 @@ def _copy(
 ) -> list[Sizes]:
     """Copies all files, `weights` by `convert`; the directory has its name when it is complete."""
     if target.exists():
-        raise ValueError(f"{target} exists: choose another name")
+        raise UserError(f"{target} exists: choose another name")
     if target.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{target} is inside {source}: choose a place outside")
+        raise UserError(f"{target} is inside {source}: choose a place outside")
     sizes = []
 
     def copy(old: str, new: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sdprune_jax import UserError
 from sdprune_jax.files import convert, model_directory, tensors
 from sdprune_jax.models import unet
 
@@ -173,7 +174,7 @@ def read(
         if not problems:
             params[component] = convert.unflatten(flat, shapes)
     if problems:
-        raise ValueError(f"{path} does not fit the configs:\n  {tensors.listing(problems)}")
+        raise UserError(f"{path} does not fit the configs:\n  {tensors.listing(problems)}")
     return params, {name: stored[name] for name in sorted(stored.keys() - used)}
 
 

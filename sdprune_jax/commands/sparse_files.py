@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 
+from sdprune_jax import UserError
 from sdprune_jax.files import bitmask, tensors
 
 VERSION = 1
@@ -122,7 +123,7 @@ def _dense_entries(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str]
         entries[name] = Entry(dtype, shape, read)
     problems += [f"unlisted {key}" for key in sorted(stored.keys() - listed)]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{path} does not hold what its header says:\n  {tensors.listing(problems)}\n"
             "pack the model again"
         )
@@ -134,9 +135,9 @@ def _read_dense(where: str, held: Sequence[tensors.StoredTensor], digest: str) -
     try:
         x = arrays[0] if len(arrays) == 1 else bitmask.from_bitmask(bitmask.Bitmask(*arrays))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}\npack the model again") from error
+        raise UserError(f"{where}: {error}\npack the model again") from error
     if (found := hashlib.sha256(x.tobytes()).hexdigest()) != digest:
-        raise ValueError(
+        raise UserError(
             f"{where} is damaged: sha256 {found}, expected {digest}; copy the file again"
         )
     return x
@@ -148,16 +149,16 @@ def _parse_record(path: pathlib.Path, text: str) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict) or "version" not in record:
-        raise ValueError(f"{path}: its header does not say, under {KEY!r}, what is packed")
+        raise UserError(f"{path}: its header does not say, under {KEY!r}, what is packed")
     if record["version"] != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path} is of version {record['version']!r}, expected {VERSION}: "
             "unpack it with the release that packed it"
         )
     kinds = {"packed": list, "sha256": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
     if wrong:
-        raise ValueError(f"{path}: {' and '.join(wrong)} of its header cannot be read")
+        raise UserError(f"{path}: {' and '.join(wrong)} of its header cannot be read")
     return record
 
 
@@ -166,7 +167,7 @@ def _opened(path: pathlib.Path) -> tuple[dict[str, tensors.StoredTensor], dict[s
     stored = tensors.open_file(path)
     unknown = [f"{name}: {x.dtype}" for name, x in stored.items() if x.dtype not in _DTYPES]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{path} has dtypes other than {', '.join(_DTYPES)}:\n  {tensors.listing(unknown)}"
         )
     with safetensors.safe_open(path, framework="numpy") as file:

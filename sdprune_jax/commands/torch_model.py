@@ -20,6 +20,8 @@ import diffusers
 import torch
 from safetensors.torch import load_file
 
+from sdprune_jax import UserError
+
 _FF_UNITS = 32  # groups of neurons that a feed-forward network is pruned in
 _STEM = "diffusion_pytorch_model"
 
@@ -63,7 +65,7 @@ def load_unet(
         state = {key: x.to(dtype) for key, x in _tensors(folder, variant).items()}
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{folder} does not fit its config.json: {error}") from error
+        raise UserError(f"{folder} does not fit its config.json: {error}") from error
     return model.to(device).eval()
 
 
@@ -109,7 +111,7 @@ def empty_unet(values: Mapping[str, Any]) -> diffusers.UNet2DConditionModel:
             except ValueError as error:
                 problems.append(str(error))
     if problems:
-        raise ValueError("kept_units of config.json is not possible:\n  " + "\n  ".join(problems))
+        raise UserError("kept_units of config.json is not possible:\n  " + "\n  ".join(problems))
     return model
 
 
@@ -120,7 +122,7 @@ def _shrink(model: torch.nn.Module, site: str, units: int) -> None:
     is_resnet = isinstance(module, diffusers.models.resnet.ResnetBlock2D)
     if site.endswith(".depth"):
         if units not in (0, 1):
-            raise ValueError(f"{site} is {units}, expected 0, which removes it, or 1")
+            raise UserError(f"{site} is {units}, expected 0, which removes it, or 1")
         if units == 0:
             parent, _, index = path.rpartition(".")
             channels = module.out_channels if is_resnet else module.in_channels
@@ -129,7 +131,7 @@ def _shrink(model: torch.nn.Module, site: str, units: int) -> None:
         return
     dense = module.norm2.num_groups if is_resnet else getattr(module, "heads", _FF_UNITS)
     if not 1 <= units <= dense:
-        raise ValueError(f"{site} has {units} units left, expected 1 to {dense}")
+        raise UserError(f"{site} has {units} units left, expected 1 to {dense}")
     if is_resnet:
         width = units * (module.out_channels // dense)
         module.conv1 = _conv(module.conv1, module.conv1.in_channels, width)
@@ -163,7 +165,7 @@ def _unet_folder(directory: str | pathlib.Path) -> pathlib.Path:
     for folder in (directory / "unet", directory):
         if (folder / "config.json").is_file():
             return folder
-    raise ValueError(
+    raise UserError(
         f"{directory} has no unet/config.json: give a model's directory, such as finetuned/00 in"
         " the working directory of a run"
     )
@@ -177,7 +179,7 @@ def _tensors(folder: pathlib.Path, variant: str | None) -> dict[str, torch.Tenso
     if whole.is_file():
         return load_file(whole)
     if not index.is_file():
-        raise ValueError(f"{folder} has neither {whole.name} nor {index.name}")
+        raise UserError(f"{folder} has neither {whole.name} nor {index.name}")
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     return {key: x for name in names for key, x in load_file(folder / name).items()}
 

@@ -5,6 +5,7 @@
 
 import dataclasses
 
+from sdprune_jax import UserError
 from sdprune_jax.config.experts import (
     Assign,
     Finetune,
@@ -124,7 +125,7 @@ def resize(run: Run, size: str | None) -> Run:
     if size is None:
         return run
     if size != "tiny":
-        raise ValueError(
+        raise UserError(
             f"unknown size {size!r} after the config's name; use `tiny`, or leave it out"
         )
     run.workdir += "_tiny"

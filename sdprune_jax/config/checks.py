@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sdprune_jax import config
+from sdprune_jax import UserError, config
 
 _WITH_BATCHES = ("router", "generate", "evaluate")
 
@@ -20,7 +20,7 @@ def check(run: config.Run) -> None:
     """
     problems = _problems(run, "config") or _clashes(run)  # neighbours only once each is sound
     if problems:
-        raise ValueError("the config is not possible:\n  " + "\n  ".join(problems))
+        raise UserError("the config is not possible:\n  " + "\n  ".join(problems))
 
 
 def check_devices(run: config.Run, num_devices: int) -> None:
@@ -41,7 +41,7 @@ def check_devices(run: config.Run, num_devices: int) -> None:
         if part and part.batch_size % num_devices
     ]
     if problems:
-        raise ValueError("the batches are not possible:\n  " + "\n  ".join(problems))
+        raise UserError("the batches are not possible:\n  " + "\n  ".join(problems))
 
 
 def check_keys(run: config.Run, overrides: Mapping[str, str]) -> None:
@@ -57,7 +57,7 @@ def check_keys(run: config.Run, overrides: Mapping[str, str]) -> None:
     """
     problems = [found for key in overrides if (found := _key_problem(run, key, overrides))]
     if problems:
-        raise ValueError("the command line cannot be followed:\n  " + "\n  ".join(problems))
+        raise UserError("the command line cannot be followed:\n  " + "\n  ".join(problems))
 
 
 def _key_problem(run: config.Run, key: str, overrides: Mapping[str, str]) -> str | None:

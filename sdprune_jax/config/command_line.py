@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from sdprune_jax import config
+from sdprune_jax import UserError, config
 from sdprune_jax.config import checks
 
 _USAGE = "say --config=configs/NAME.py[:tiny] [--config.KEY=VALUE ...] [--dry_run] [--force]"
-_PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 class Command(NamedTuple):
@@ -60,11 +59,11 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> Comman
     try:
         rest = values(argv)[1:]
     except flags.Error as error:
-        raise ValueError(f"{error}\n  {_USAGE}") from error
+        raise UserError(f"{error}\n  {_USAGE}") from error
     if rest:
-        raise ValueError(f"`{rest[0]}` is not a flag\n  {_USAGE}")
+        raise UserError(f"`{rest[0]}` is not a flag\n  {_USAGE}")
     if not path:
-        raise ValueError(f"no config is given\n  {_USAGE}")
+        raise UserError(f"no config is given\n  {_USAGE}")
     checks.check(chosen.value)
     chosen.value.force |= force.value
     return Command(chosen.value, dry_run.value)
@@ -86,7 +85,7 @@ def load(path: str) -> config.Run:
         near = difflib.get_close_matches(name, beside, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
         here = f"; {file.parent} has {', '.join(beside)}" if beside and not near else ""
-        raise ValueError(f"there is no config file {name} in {pathlib.Path.cwd()}{hint}{here}")
+        raise UserError(f"there is no config file {name} in {pathlib.Path.cwd()}{hint}{here}")
     try:
         get_config = runpy.run_path(name).get("get_config", lambda *_: None)
         run = get_config(*([size] if size else []))
@@ -94,9 +93,9 @@ def load(path: str) -> config.Run:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == name]
         where = f"{name}, line {lines[-1]}" if lines else name
-        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{where}: {type(error).__name__}: {error}") from error
     if not isinstance(run, config.Run):
-        raise ValueError(f"{name} needs a function get_config(size=None) that returns a config.Run")
+        raise UserError(f"{name} needs a function get_config(size=None) that returns a config.Run")
     return run
 
 
@@ -105,9 +104,7 @@ def one_message() -> Iterator[None]:
     """Ends the program with a message and status 2 for a mistake of the user."""
     try:
         yield
-    except (ValueError, FloatingPointError) as error:
-        if not _is_advice(error):
-            raise
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -122,14 +119,6 @@ def _given(argv: Sequence[str]) -> dict[str, str]:
         if match := re.fullmatch(r"--?(config(?:\..*?)?)(?:=(.*))?", word, re.DOTALL):
             found[match[1]] = following if match[2] is None else match[2]
     return found
-
-
-def _is_advice(error: Exception) -> bool:
-    """Whether our own code raised it on purpose, and not a library that we misused."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = (_PACKAGE, _PACKAGE.with_name("tools"))
-    is_ours = any(pathlib.Path(last.filename).is_relative_to(path) for path in ours)
-    return is_ours and (last.line or "").startswith("raise ")
 
 
 class _Plain(flags.ArgumentParser):

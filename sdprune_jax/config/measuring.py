@@ -32,7 +32,7 @@ class Evaluate:
     protocol: str = of("embedded", *PROTOCOLS)
     num_images: int = within(0, 0, 10**7)  # of each model; 0: as many as the protocol says
     batch_size: int = within(16, 1, 2**16)  # images over all devices
-    networks: str = ""  # directory that sdprune convert-metric-weights wrote
+    networks: str = ""  # directory that tools/convert_metric_weights.py wrote
     data: str = ""  # directory that sdprune prepare-data wrote
     # Statistics of the reference pictures, .npz with mu and sigma; empty: computed from `data`.
     references: str = ""

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int64, UInt8
 
+from sdprune_jax import UserError
 from sdprune_jax.data import images, sources
 
 SPLIT = "rows"  # the only split that tensorflow-datasets sees: those of COCO come one at a time
@@ -104,7 +105,7 @@ def examples(
                 yield row.position, row._asdict() | {"captions": list(row.captions)} | image
             sources.check_share(skips, num_entries, max_skipped)
     if not positions:
-        raise ValueError(f"no row is left of the source\n{sources.table(skips)}")
+        raise UserError(f"no row is left of the source\n{sources.table(skips)}")
     missing = np.setdiff1d(np.arange(source.num_positions), positions)
     builder.info.metadata.update(
         skips=skips,
@@ -138,7 +139,7 @@ def prepare(
         ).download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     dataset, metadata = _open(path)
     if metadata["state"] != source.state:
-        raise ValueError(f"{path} was made from other files: delete it, or choose another data_dir")
+        raise UserError(f"{path} was made from other files: delete it, or choose another data_dir")
     sources.check_share(dataset.skips, metadata["num_entries"], max_skipped)
     return dataset
 
@@ -158,7 +159,7 @@ def load(
     if not path.exists():
         other = _path(builder, data_dir, split, not has_images)
         hint = f"; {other} is there, with{' no' if has_images else ''} pictures"
-        raise ValueError(
+        raise UserError(
             f"there is no dataset {path}: make it with sdprune prepare-data"
             f"{hint if other.exists() else ''}"
         )
@@ -180,7 +181,7 @@ def select(
     chosen = order[np.minimum(at, len(order) - 1)]
     is_there = dataset.positions[chosen] == positions
     if np.mean(~is_there) > max_skipped:
-        raise ValueError(
+        raise UserError(
             f"{np.sum(~is_there):,} of the {len(positions):,} rows to use are not in the dataset,"
             f" more than max_skipped={max_skipped:.1%}\n{sources.table(dataset.skips)}"
         )
@@ -210,7 +211,7 @@ def image(dataset: Captioned, i: int) -> UInt8[np.ndarray, "h w 3"]:
     """
     record = dataset.stored[int(dataset.records[i])]
     if "image" not in record:
-        raise ValueError("the dataset has no pictures: prepare it with them")
+        raise UserError("the dataset has no pictures: prepare it with them")
     return images.decode(record["image"], _row(record).file_name)
 
 
@@ -235,7 +236,7 @@ def _open(path: pathlib.Path) -> tuple[Captioned, dict[str, Any]]:
     num_positions = metadata["num_positions"]
     positions = np.setdiff1d(np.arange(num_positions), np.array(metadata["missing"], np.int64))
     if len(stored) != len(positions):
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged: {len(stored):,} rows, expected {len(positions):,};"
             " delete it and prepare it again"
         )

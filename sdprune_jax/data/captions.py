@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 from jaxtyping import Int32
 
+from sdprune_jax import UserError
 from sdprune_jax.data import emoji
 from sdprune_jax.data.emoji import Concept
 
@@ -62,14 +63,14 @@ def read(path: str, count: int) -> list[str]:
     """
     file = pathlib.Path(path)
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"prompts are {path!r}, which is no file: give a text file with one prompt a line, or"
             " `embedded`"
         )
     lines = file.read_text(encoding="utf-8-sig").splitlines()
     found = [line.strip() for line in lines if line.strip()][:count]
     if not found:
-        raise ValueError(f"{file} has no prompt: write one a line")
+        raise UserError(f"{file} has no prompt: write one a line")
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from sdprune_jax import UserError
 from sdprune_jax.data import cache, captioned, sources
 
 FILES = {  # split -> TSV, folder of pictures
@@ -96,9 +97,9 @@ def read(source: str | os.PathLike[str], split: str, has_images: bool) -> captio
     _check_split(split)
     tsv, folder = (pathlib.Path(source, name) for name in FILES[split])
     if not tsv.is_file():
-        raise ValueError(f"CC3M needs {tsv}, and it is not there; it is from {_URL}")
+        raise UserError(f"CC3M needs {tsv}, and it is not there; it is from {_URL}")
     if has_images and not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"the pictures of CC3M need the folder {folder}/, and it is not there; they are"
             f" downloaded from the addresses in {tsv.name}; captions alone need no pictures"
         )
@@ -173,4 +174,4 @@ def _is_address(text: str) -> bool:
 
 def _check_split(split: str) -> None:
     if split not in FILES:
-        raise ValueError(f"split must be one of {', '.join(FILES)}, got {split!r}")
+        raise UserError(f"split must be one of {', '.join(FILES)}, got {split!r}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from sdprune_jax import UserError
 from sdprune_jax.data import cache, captioned, sources
 
 SPLITS = ("train2014", "val2014", "train2017", "val2017")
@@ -93,11 +94,11 @@ def read(source: str | os.PathLike[str], split: str, has_images: bool) -> captio
     try:
         contents = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{origin} is no JSON ({error}): download it again") from error
+        raise UserError(f"{origin} is no JSON ({error}): download it again") from error
     keys = ("images", "annotations")
     lists: Any = [contents.get(key) if isinstance(contents, dict) else None for key in keys]
     if not all(isinstance(entries, list) for entries in lists):
-        raise ValueError(f"{origin} has no lists `images` and `annotations`: it is not from COCO")
+        raise UserError(f"{origin} has no lists `images` and `annotations`: it is not from COCO")
     reader, state = _pictures(directory, split) if has_images else (None, "")
     rows, num_positions, skips = _rows(*lists)
     state = cache.fingerprint(hashlib.sha256(text).hexdigest(), state)
@@ -176,7 +177,7 @@ def _annotations(directory: pathlib.Path, split: str) -> tuple[bytes, str]:
         return sources.text(directory / name), f"{directory / name}"
     if archive.is_file():
         return sources.text_from_zip(archive, name), f"{name} in {archive}"
-    raise ValueError(
+    raise UserError(
         f"COCO needs {directory / name} or {archive}, and neither is there;"
         f" it is from {_URL}/annotations/{archive.name}"
     )
@@ -193,7 +194,7 @@ def _pictures(directory: pathlib.Path, split: str) -> tuple[sources.Read, str]:
     if archive.is_file():
         stat = archive.stat()
         return sources.from_zip(archive, f"{split}/"), f"{stat.st_size} {stat.st_mtime_ns}"
-    raise ValueError(
+    raise UserError(
         f"the pictures of COCO need {folders[0]}/, {folders[1]}/ or {archive}, and none is there;"
         f" they are from {_URL}/zips/{archive.name}; captions alone need no pictures"
     )
@@ -205,4 +206,4 @@ def _is_id(number: object) -> bool:
 
 def _check_split(split: str) -> None:
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")

@@ -22,6 +22,8 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
+from sdprune_jax import UserError
+
 SIZE = 64  # pixels, of a side
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # fraction of the concepts for test, and of the remaining pictures for val
@@ -163,7 +165,7 @@ def load(split: str, cache_dir: str | os.PathLike[str] = CACHE) -> Pairs:
         ValueError: if `split` is not one of `SPLITS`.
     """
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     decoders = {"image": tfds.decode.SkipDecoding()}
     source = prepare(cache_dir).as_data_source(split, decoders=decoders)
     rows = source.__getitems__(range(len(source)))

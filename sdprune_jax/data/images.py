@@ -15,6 +15,8 @@ import PIL.Image
 import PIL.ImageOps
 from jaxtyping import Float32, UInt8
 
+from sdprune_jax import UserError
+
 Image = UInt8[np.ndarray, "h w 3"]
 Resized = Float32[np.ndarray, "size size 3"]  # in [0, 255]
 
@@ -38,7 +40,7 @@ def load(path: str | os.PathLike[str]) -> Image:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is no file, expected an image")
+        raise UserError(f"{path} is no file, expected an image")
     return decode(path.read_bytes(), str(path))
 
 
@@ -61,9 +63,9 @@ def decode(contents: bytes, name: str) -> Image:
             return _rgb(PIL.ImageOps.exif_transpose(image))
     except PIL.UnidentifiedImageError as error:
         start = f"its {len(contents)} bytes start with {contents[:32]!r}"
-        raise ValueError(f"{name} is no image: {start if contents else 'it is empty'}") from error
+        raise UserError(f"{name} is no image: {start if contents else 'it is empty'}") from error
     except _DAMAGED as error:
-        raise ValueError(f"{name} is no image that can be read: {error}") from error
+        raise UserError(f"{name} is no image that can be read: {error}") from error
 
 
 def clean(image: Image, size: int) -> Resized:
@@ -142,11 +144,11 @@ _Weights = Callable[[int, int], Float32[np.ndarray, "n_out n_in"]]
 
 def _rgb(image: PIL.Image.Image) -> Image:
     if image.mode == "F":
-        raise ValueError("its pixels are floats of no known range: save it with 8 bits a channel")
+        raise UserError("its pixels are floats of no known range: save it with 8 bits a channel")
     if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
         gray = np.asarray(image).astype(np.int64)
         if gray.min() < 0 or gray.max() > 65535:
-            raise ValueError("its pixels exceed 16 bits: save it with 8 bits a channel")
+            raise UserError("its pixels exceed 16 bits: save it with 8 bits a channel")
         gray = ((gray * 255 + 32767) // 65535).astype(np.uint8)
         return np.repeat(gray[..., None], 3, axis=-1)
     if image.has_transparency_data:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
-from sdprune_jax import config
+from sdprune_jax import UserError, config
 from sdprune_jax.data import cache, captioned, captions, cc3m, coco, emoji
 
 # Splits of the datasets that sdprune prepare-data writes. Neither has a test split with captions.
@@ -94,7 +94,7 @@ def load(section: config.RouterData, split: str) -> emoji.Pairs | Stored:
     if section.dataset == "embedded":
         return emoji.Pairs(*(x[: section.num_images or None] for x in embedded(split)))
     if not section.directory:
-        raise ValueError(
+        raise UserError(
             f"config.router.data.dataset is {section.dataset}: set config.router.data.directory to"
             " what sdprune prepare-data wrote"
         )

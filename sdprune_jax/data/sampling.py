@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from sdprune_jax import UserError
+
 NUM_TRAIN2017 = 118_287  # images with captions
 NUM_VAL2014 = 40_504
 _BKSDM_URL = (
@@ -80,7 +82,7 @@ def aptp_cc3m(positions: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " 1400
     Source: APTP (https://arxiv.org/abs/2406.12042).
     """
     if len(positions) < 14_000:
-        raise ValueError(
+        raise UserError(
             f"APTP's CC3M evaluation has 14,000 rows, and the dataset has {len(positions):,}:"
             " download more pictures, or use the captions alone"
         )
@@ -103,12 +105,12 @@ def bksdm(path: str | os.PathLike[str]) -> list[Prompt]:
     """
     file = pathlib.Path(path)
     if not file.is_file():
-        raise ValueError(f"BK-SDM needs its list {file}, and it is not there; it is {_BKSDM_URL}")
+        raise UserError(f"BK-SDM needs its list {file}, and it is not there; it is {_BKSDM_URL}")
     try:
         with file.open(newline="", encoding="utf-8") as stream:
             rows = list(csv.reader(stream))[1:]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no table ({error}); the list is {_BKSDM_URL}") from error
+        raise UserError(f"{file} is no table ({error}); the list is {_BKSDM_URL}") from error
     legal = re.compile(r"COCO_val2014_\d{12}\.jpg", re.ASCII)
     bad = [n for n, row in enumerate(rows, 2) if len(row) < 2 or not legal.fullmatch(row[0])]
     empty = [n for n, row in enumerate(rows, 2) if len(row) > 1 and not row[1].strip()]
@@ -121,7 +123,7 @@ def bksdm(path: str | os.PathLike[str]) -> list[Prompt]:
     if (len(rows), num_names) != (30_000, 30_000):
         problems.append(f"{len(rows):,} rows of {num_names:,} pictures, expected 30,000 of 30,000")
     if problems:
-        raise ValueError(f"{file} is not {_BKSDM_URL}: {'; '.join(problems)}")
+        raise UserError(f"{file} is not {_BKSDM_URL}: {'; '.join(problems)}")
     return [Prompt(row[0], row[1]) for row in rows]
 
 
@@ -131,7 +133,7 @@ def _draw(num_positions: int, num_samples: int, seed: int) -> Int64[np.ndarray, 
 
 def _check_size(what: str, num_positions: int, expected: int) -> None:
     if num_positions != expected:
-        raise ValueError(
+        raise UserError(
             f"{what} has {expected:,} images with captions, this source has {num_positions:,}:"
             " the draw would be another; use the official annotations"
         )

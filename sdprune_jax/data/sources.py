@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from sdprune_jax import UserError
 from sdprune_jax.data import images
 
 MAX_SKIPPED = 0.05  # fraction of a source that may be unusable
@@ -55,10 +56,10 @@ def check_share(skips: Skips, num_entries: int, max_skipped: float) -> None:
         ValueError: with the table, if it is more.
     """
     if not 0 <= max_skipped < 1:
-        raise ValueError(f"max_skipped is a fraction in [0, 1), got {max_skipped}")
+        raise UserError(f"max_skipped is a fraction in [0, 1), got {max_skipped}")
     share = num_skipped(skips) / max(num_entries, 1)
     if share > max_skipped:
-        raise ValueError(
+        raise UserError(
             f"at least {share:.1%} of the source cannot be used, more than"
             f" max_skipped={max_skipped:.1%}: repair it, or allow more\n{table(skips)}"
         )
@@ -130,7 +131,7 @@ def text_from_zip(path: pathlib.Path, name: str) -> bytes:
     """
     with _open_zip(path) as archive:
         if name not in archive.namelist():
-            raise ValueError(f"{path} has no {name}: it is another archive, or download it again")
+            raise UserError(f"{path} has no {name}: it is another archive, or download it again")
         return _extract(archive, archive.getinfo(name), MAX_TEXT_BYTES)
 
 
@@ -153,7 +154,7 @@ def _open_zip(path: pathlib.Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is no zip file ({error}): download it again") from error
+        raise UserError(f"{path} is no zip file ({error}): download it again") from error
 
 
 def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, max_bytes: int) -> bytes:
@@ -162,12 +163,12 @@ def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, max_bytes: int) 
     try:
         return archive.read(member)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted
-        raise ValueError(f"{archive.filename}: {member.filename} is damaged: {error}") from error
+        raise UserError(f"{archive.filename}: {member.filename} is damaged: {error}") from error
 
 
 def _check_bytes(num_bytes: int, max_bytes: int, name: str) -> None:
     if num_bytes > max_bytes:
-        raise ValueError(f"{name} has {num_bytes:,} bytes, more than {max_bytes:,}")
+        raise UserError(f"{name} has {num_bytes:,} bytes, more than {max_bytes:,}")
 
 
 def _is_unicode(text: str) -> bool:

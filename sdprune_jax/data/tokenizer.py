@@ -16,6 +16,8 @@ from absl import logging
 from jaxtyping import Int32
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from sdprune_jax import UserError
+
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 WORD_END = "</w>"
 # Contractions, runs of letters, single digits, runs of anything else but space.
@@ -39,7 +41,7 @@ def train(
     alphabet = _byte_symbols()
     base = [*alphabet, *(symbol + WORD_END for symbol in alphabet)]
     if vocab_size < len(base) + 3:
-        raise ValueError(
+        raise UserError(
             f"vocab_size must exceed {len(base) + 2} (single bytes and marks), got {vocab_size}"
         )
     bpe = _untrained(models.BPE(end_of_word_suffix=WORD_END))
@@ -91,7 +93,7 @@ def load(directory: str | os.PathLike[str]) -> transformers.CLIPTokenizer:
     folder = pathlib.Path(directory)
     forms = (("vocab.json", "merges.txt"), ("tokenizer.json", "tokenizer_config.json"))
     if not any(all((folder / name).is_file() for name in form) for form in forms):
-        raise ValueError(
+        raise UserError(
             f"{folder} is no tokenizer/ directory of a diffusers pipeline: it must have"
             f" {' or '.join(' and '.join(form) for form in forms)};"
             f" found {', '.join(sorted(path.name for path in folder.glob('*'))) or 'nothing'}"

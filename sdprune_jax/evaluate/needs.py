@@ -3,7 +3,7 @@
 import hashlib
 import pathlib
 
-from sdprune_jax import config
+from sdprune_jax import UserError, config
 from sdprune_jax.evaluate import networks
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
 from sdprune_jax.files import tensors
@@ -22,7 +22,7 @@ def check(section: config.Evaluate, edge: int | None = None) -> None:
         ValueError: naming all of `problems`.
     """
     if found := problems(section, PROTOCOLS[section.protocol], edge, "config.evaluate"):
-        raise ValueError("config.evaluate is not possible:\n  " + tensors.listing(found))
+        raise UserError("config.evaluate is not possible:\n  " + tensors.listing(found))
 
 
 def problems(section: config.Evaluate, protocol: Protocol, edge: int | None, key: str) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, UInt8
 
+from sdprune_jax import UserError
 from sdprune_jax.data import tokenizer
 from sdprune_jax.files import model_directory, tensors
 from sdprune_jax.metrics import embedded, features
@@ -32,7 +33,7 @@ def load(name: str, directory: str, model: model_directory.Model) -> Network:
 
     Args:
         name: "embedded", "inception", "lpips" (of pairs of images), or that of a CLIP.
-        directory: holds a directory of each name, as sdprune convert-metric-weights writes them.
+        directory: holds a directory of each name, as tools/convert_metric_weights.py writes them.
         model: the dense one. Its tokenizer is used for a CLIP that has none of its own: those of
             OpenAI and of OpenCLIP read the same, but that Stable Diffusion 2's takes "!" for
             padding; and no token after the end of a text counts.
@@ -58,7 +59,7 @@ def load(name: str, directory: str, model: model_directory.Model) -> Network:
     folder = here if own else model.directory / "tokenizer"
     words = tokenizer.load(folder)
     if len(words) != settings.text.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{name} knows {settings.text.vocab_size} tokens, and the tokenizer in {folder} has"
             f" {len(words)}: copy that of any CLIP of OpenAI's or of OpenCLIP's to {here}"
         )
@@ -101,9 +102,9 @@ def path(directory: str, name: str) -> pathlib.Path:
         return model_directory.directory_of("embedded") / "clip"
     here = pathlib.Path(directory) / name
     if not directory or not here.is_dir():
-        raise ValueError(
+        raise UserError(
             f"the protocol needs the network {name}, and {here} is no directory: convert its"
-            " weights with sdprune convert-metric-weights"
+            " weights with tools/convert_metric_weights.py"
         )
     return here
 

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Num, UInt8
 
+from sdprune_jax import UserError
 from sdprune_jax.evaluate import images
 from sdprune_jax.evaluate.networks import Network
 from sdprune_jax.evaluate.protocols import Metric
@@ -179,7 +180,7 @@ def _mean(values: Float[np.ndarray, " n"], num_resamples: int) -> dict[str, Any]
 
 def _needed(x: Any, metric: Metric) -> Any:
     if x is None:
-        raise ValueError(
+        raise UserError(
             f"{metric.name} needs reference pictures: set config.evaluate.data, or for FID"
             " config.evaluate.references to their statistics"
         )

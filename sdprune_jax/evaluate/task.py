@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from sdprune_jax import UserError
 from sdprune_jax.data import cache, captioned, captions, cc3m, coco, emoji, sampling
 
 SEED = 0  # of the draw of embedded captions: every run is asked for the same
@@ -41,7 +42,7 @@ def load(data: str, directory: str, num_images: int, has_references: bool) -> Ta
         state = cache.fingerprint(pairs.concept, pairs.style)
         return Task(texts, concept, style, len(pairs.images), lambda i: pairs.images[i], state)
     if not directory:
-        raise ValueError(
+        raise UserError(
             f"the protocol draws from {data}: set config.evaluate.data to a directory that"
             " sdprune prepare-data wrote"
         )

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from sdprune_jax import UserError
+
 _GROUP, _KEPT = 4, 2  # two of every four values are stored in sparse-24
 
 
@@ -109,7 +111,7 @@ def to_sparse24(x: Float[np.ndarray, "..."]) -> Sparse24:
     crowded = np.flatnonzero(np.count_nonzero(is_nonzero, axis=1) > _KEPT)
     if crowded.size:
         row, column = divmod(int(crowded[0]) * _GROUP, rows.shape[1])
-        raise ValueError(
+        raise UserError(
             f"{crowded.size} runs of {_GROUP} hold more than {_KEPT} non-zeros, the first in row "
             f"{row}, columns {column} to {column + _GROUP - 1} of {rows.shape}: prune to 2:4 "
             "along the rows, or use to_bitmask"
@@ -132,7 +134,7 @@ def from_sparse24(parts: Sparse24) -> Float[np.ndarray, "..."]:
         ValueError: naming every part that does not fit the others.
     """
     if parts.shape.ndim != 2 or parts.shape.shape[1] != 1:
-        raise ValueError(f"shape is itself of shape {parts.shape.shape}, expected (axes, 1)")
+        raise UserError(f"shape is itself of shape {parts.shape.shape}, expected (axes, 1)")
     shape = dense_shape(parts.shape[:, 0])
     rows, columns = _rows_and_columns(shape)
     _check_width((rows, columns), shape)
@@ -159,7 +161,7 @@ def dense_shape(shape: Shaped[np.ndarray, "..."]) -> tuple[int, ...]:
         ValueError: if it is not int64 [axes], or the shape of no array.
     """
     if shape.dtype != np.int64 or shape.ndim != 1 or not shape.size or (shape < 0).any():
-        raise ValueError(
+        raise UserError(
             f"shape is {shape.dtype} {shape.tolist()}, expected the int64 sizes of one axis or "
             "more: pack the array again"
         )
@@ -172,7 +174,7 @@ def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _as_rows(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "rows columns"]:
     if x.ndim == 0:
-        raise ValueError("an array without axes has no rows to pack: store it as it is")
+        raise UserError("an array without axes has no rows to pack: store it as it is")
     return np.ascontiguousarray(x).reshape(_rows_and_columns(x.shape))
 
 
@@ -186,7 +188,7 @@ def _starts(counts: Shaped[np.ndarray, " rows"]) -> Shaped[np.ndarray, " rows"]:
 
 def _check_width(rows: tuple[int, ...], shape: tuple[int, ...]) -> None:
     if rows[1] % _GROUP:
-        raise ValueError(
+        raise UserError(
             f"an array of shape {shape} has rows of {rows[1]}, expected a multiple of {_GROUP}: "
             "use the layout sparse-bitmask"
         )
@@ -199,7 +201,7 @@ def _unpack_bits(
     rows, columns = _rows_and_columns(shape)
     expected = (rows, -(-columns // 8))
     if bits.dtype != np.uint8 or bits.shape != expected:
-        raise ValueError(
+        raise UserError(
             f"bitmask is {bits.dtype} {bits.shape}, expected uint8 {expected}: a bit for each of "
             f"{columns} columns, every row from a new byte; flatten arrays of {shape} to "
             f"{(rows, columns)} before packing"
@@ -207,7 +209,7 @@ def _unpack_bits(
     mask = np.unpackbits(bits, axis=1, bitorder="little").view(bool)
     if mask[:, columns:].any():
         row = int(np.flatnonzero(mask[:, columns:].any(axis=1))[0])
-        raise ValueError(
+        raise UserError(
             f"bitmask has bits set after column {columns - 1} of row {row}, expected 0: is the "
             "shape that of another array, or the order of bits big?"
         )
@@ -226,4 +228,4 @@ def _scatter(
 
 def _refuse(problems: list[str]) -> None:
     if problems:
-        raise ValueError("the parts do not fit each other:\n  " + "\n  ".join(problems))
+        raise UserError("the parts do not fit each other:\n  " + "\n  ".join(problems))

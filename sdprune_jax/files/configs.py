@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from sdprune_jax import UserError
 from sdprune_jax.files import tensors
 from sdprune_jax.models.noise_schedule import Schedule
 
@@ -79,7 +80,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     """
     values = tensors.read_json(path)
     if "auto_map" in values:
-        raise ValueError(f"{path} names code of its own (auto_map), which is never run")
+        raise UserError(f"{path} names code of its own (auto_map), which is never run")
     for key in ("_class_name", "architectures"):  # of diffusers, of transformers
         if not values.get(key):
             continue
@@ -87,7 +88,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
         named = [_without_flax(name) for name in named]
         expected = CLASSES.get(path.parent.name)
         if expected and named != [expected[1]]:
-            raise ValueError(f"{path}: {key} is {values[key]!r}, expected {expected[1]!r}")
+            raise UserError(f"{path}: {key} is {values[key]!r}, expected {expected[1]!r}")
         values[key] = named[0] if key == "_class_name" else named
     return values
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from sdprune_jax import UserError
+
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # Projections of the VAE's attention, as diffusers named them until version 0.14.
 _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -87,7 +89,7 @@ def match_names(names: Iterable[str], expected: Collection[str]) -> dict[str, st
     legacy = [name for name in names if _LEGACY_NAME.search(name)]
     current = [name for name in names if _CURRENT_NAME.search(name)]
     if legacy and current:
-        raise ValueError(
+        raise UserError(
             f"old and new names of attention are mixed ({legacy[0]}, {current[0]}): "
             "two files were merged; use one of them"
         )
@@ -100,7 +102,7 @@ def match_names(names: Iterable[str], expected: Collection[str]) -> dict[str, st
         found[next((c for c in candidates if c in expected), name)].append(name)
     problems = [f"{' and '.join(n)} are both {key}" for key, n in found.items() if len(n) > 1]
     if problems:
-        raise ValueError("tensors are stored twice:\n  " + "\n  ".join(problems))
+        raise UserError("tensors are stored twice:\n  " + "\n  ".join(problems))
     return {key: n[0] for key, n in found.items()}
 
 

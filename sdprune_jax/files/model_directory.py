@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sdprune_jax import sharding
+from sdprune_jax import UserError, sharding
 from sdprune_jax.files import configs as config_files
 from sdprune_jax.files import convert, tensors, weights
 from sdprune_jax.files.weights import load_params as load_params
@@ -99,7 +99,7 @@ def open_model(directory: str | os.PathLike[str]) -> Model:
             problems.append(f"{name}/{file} has a value that cannot be: {error}")
     problems += config_files.other_models(values.get("unet", {}))
     if problems:
-        raise ValueError(f"{directory} cannot be used:\n  " + "\n  ".join(problems))
+        raise UserError(f"{directory} cannot be used:\n  " + "\n  ".join(problems))
     config_files.warn_of_prediction_type(values["unet"], configs["scheduler"].prediction_type)
     return Model(schedule=configs.pop("scheduler"), directory=directory, **configs)
 
@@ -169,9 +169,9 @@ def save(
     directory = pathlib.Path(directory).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         if not overwrite:
-            raise ValueError(f"{directory} exists: choose another name, or overwrite it")
+            raise UserError(f"{directory} exists: choose another name, or overwrite it")
         if not (directory / "model_index.json").is_file():
-            raise ValueError(f"{directory} is not a model, so it is not overwritten")
+            raise UserError(f"{directory} is not a model, so it is not overwritten")
     sharding.wait_for_all(f"{directory.name} checked")
     is_writer = jax.process_index() == 0
     new = directory.with_name(f"{directory.name}.tmp")

@@ -15,6 +15,8 @@ import numpy as np
 import safetensors
 from jaxtyping import Shaped
 
+from sdprune_jax import UserError
+
 FLOATS = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
 _INTEGERS = {"I64": np.int64, "I32": np.int32}
 _NAMES = {np.dtype(dtype): name for name, dtype in (FLOATS | _INTEGERS).items()}
@@ -48,7 +50,7 @@ def find_weights(directory: str | os.PathLike[str], variant: str | None = None) 
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(
+        raise UserError(
             f"{directory} holds the weights more than once: {', '.join(p.name for p in found)}; "
             "keep one"
         )
@@ -58,7 +60,7 @@ def find_weights(directory: str | os.PathLike[str], variant: str | None = None) 
         hint += "; pickles are not read because they can run code: convert them to safetensors"
     if any(name.endswith(".msgpack") for name in here):
         hint += "; tools/convert.py converts Flax weights"
-    raise ValueError(f"{directory} has neither {names[0]} nor {names[1]}: {hint}")
+    raise UserError(f"{directory} has neither {names[0]} nor {names[1]}: {hint}")
 
 
 def open_tensors(
@@ -81,7 +83,7 @@ def open_tensors(
         problems += [f"{name} has {key} unlisted" for key in sorted(held.keys() - listed)]
         stored |= held
     if problems:
-        raise ValueError(f"{path} does not describe its files:\n  {listing(problems)}")
+        raise UserError(f"{path} does not describe its files:\n  {listing(problems)}")
     return stored
 
 
@@ -93,11 +95,11 @@ def read_weight_map(index: pathlib.Path) -> dict[str, str]:
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map")
+        raise UserError(f"{index} has no weight_map")
     names = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
     bad = [n for n in names if set(n) & set("/\\\0") or not n.endswith(".safetensors")]
     if bad:
-        raise ValueError(f"{index} names files that are not beside it: {sorted(bad)}")
+        raise UserError(f"{index} names files that are not beside it: {sorted(bad)}")
     return weight_map
 
 
@@ -110,13 +112,13 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     path = pathlib.Path(path)
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "is no file"
-        raise ValueError(f"{path} {what}, expected a safetensors file")
+        raise UserError(f"{path} {what}, expected a safetensors file")
     _check_header(path)
     try:
         file = safetensors.safe_open(path, framework="numpy")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}; download it again") from error
+        raise UserError(f"{path} is damaged: {error}; download it again") from error
     return {n: StoredTensor(s.get_dtype(), tuple(s.get_shape()), s) for n, s in slices.items()}
 
 
@@ -180,9 +182,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         ValueError: if the file is missing, enormous, nested without end, or no JSON object.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise UserError(f"{path} is missing")
     if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, at most {_MAX_JSON_BYTES}")
+        raise UserError(f"{path} has {path.stat().st_size} bytes, at most {_MAX_JSON_BYTES}")
     return _parse_json(path.read_bytes(), str(path))
 
 
@@ -211,18 +213,18 @@ def _check_header(path: pathlib.Path) -> None:
         start = file.read(64)
         length = int.from_bytes(start[:8], "little")
         if start.startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
+            raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
         if length > size and start.lstrip()[:1] in (b"<", b"{"):
-            raise ValueError(f"{path} is a web page or a message: {start!r}; download it again")
+            raise UserError(f"{path} is a web page or a message: {start!r}; download it again")
         if length > size and start.startswith(b"PK"):
-            raise ValueError(f"{path} is a zip archive or a pickle, not safetensors")
+            raise UserError(f"{path} is a zip archive or a pickle, not safetensors")
         if size < 8 or length > size - 8:
-            raise ValueError(
+            raise UserError(
                 f"{path} is cut short: {size} bytes, of which the header needs {8 + length}; "
                 "download it again"
             )
         if length > _MAX_JSON_BYTES:
-            raise ValueError(f"{path}: the header has {length} bytes, at most {_MAX_JSON_BYTES}")
+            raise UserError(f"{path}: the header has {length} bytes, at most {_MAX_JSON_BYTES}")
         file.seek(8)
         _parse_json(file.read(length), f"{path}: the header")
 
@@ -232,13 +234,13 @@ def _parse_json(text: bytes, what: str) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
             twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
-            raise ValueError(f"keys occur twice: {listing(twice)}")
+            raise UserError(f"keys occur twice: {listing(twice)}")
         return values
 
     try:
         values = json.loads(text, object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not JSON that can be read: {error}") from error
+        raise UserError(f"{what} is not JSON that can be read: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{what} is a JSON {type(values).__name__}, expected an object")
+        raise UserError(f"{what} is a JSON {type(values).__name__}, expected an object")
     return values

@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Shaped
 
+from sdprune_jax import UserError
 from sdprune_jax.files import convert, tensors
 from sdprune_jax.sharding import to_host
 
@@ -58,7 +59,7 @@ def load_params(
         if count:
             problems.append(f"{convert.torch_key(path)}: {count} values")
     if problems and not allow_nonfinite:
-        raise ValueError(
+        raise UserError(
             f"{directory}: {len(problems)} tensors are not finite:\n  {tensors.listing(problems)}\n"
             "the weights are damaged, or too large for the dtype"
         )
@@ -111,7 +112,7 @@ def save_params(
         if jax.process_index() == 0:
             tensors.check_file(directory / file, part, sums)
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{directory}: {len(problems)} tensors are not finite as {dtype or 'they are'}:\n  "
             + tensors.listing(problems)
         )
@@ -147,7 +148,7 @@ def _match(
         if items
     ]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{directory} does not hold this model ({len(paths)} tensors, dtypes "
             f"{', '.join(tensors.FLOATS)}):\n" + "\n".join(problems)
         )

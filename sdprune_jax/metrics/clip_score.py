@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from jaxtyping import Float
 
+from sdprune_jax import UserError
+
 # From the cosine of every image with its own caption to the score that is reported.
 CONVENTIONS: Mapping[str, Callable[[Float[np.ndarray, " n"]], float]] = {
     "cosine": lambda cosines: float(cosines.mean()),  # SD2-Pruning and APTP print it as 0.314
@@ -25,7 +27,7 @@ def cosines(
         length = np.linalg.norm(part.astype(np.float64), axis=1)
         bad = np.flatnonzero(~(np.abs(length - 1) < 1e-3))
         if len(bad):
-            raise ValueError(
+            raise UserError(
                 f"{len(bad)} embeddings of {name} are not unit vectors, first number {bad[0]} of"
                 f" length {length[bad[0]]:.4g}: divide each by its length"
             )
@@ -45,7 +47,7 @@ def clip_score(cosines: Float[np.ndarray, " n"], convention: str) -> float:
         ValueError: if there is no such convention, or no image.
     """
     if convention not in CONVENTIONS:
-        raise ValueError(f"CLIP score {convention!r} is unknown: use one of {list(CONVENTIONS)}")
+        raise UserError(f"CLIP score {convention!r} is unknown: use one of {list(CONVENTIONS)}")
     if not len(cosines):
-        raise ValueError("there is no image to score")
+        raise UserError("there is no image to score")
     return CONVENTIONS[convention](cosines)

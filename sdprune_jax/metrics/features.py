@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Num
 from tqdm import tqdm
 
-from sdprune_jax import sharding
+from sdprune_jax import NotFiniteError, UserError, sharding
 from sdprune_jax.data import cache
 
 CHUNK = 32  # images a device computes at once; another number is another result
@@ -56,7 +56,7 @@ def stream(
         FloatingPointError: naming the images whose features are not finite.
     """
     if num_images < 2:
-        raise ValueError(f"{num_images} images have no distribution to compare: give 2 or more")
+        raise UserError(f"{num_images} images have no distribution to compare: give 2 or more")
     return _stream(embed, params, load, num_images, mesh, num_threads)
 
 
@@ -155,7 +155,7 @@ def _load_chunk(load: Load, first: int, num_images: int) -> Num[np.ndarray, "b .
     asked = np.unique(rows)
     images = load(asked)
     if len(images) != len(asked):
-        raise ValueError(
+        raise UserError(
             f"asked to load {len(asked)} images from number {asked[0]} on, got {len(images)}"
         )
     return images[rows - asked[0]]
@@ -171,7 +171,7 @@ def _check_finite(features: Float[np.ndarray, "b d"], first: int) -> None:
     bad = first + np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(bad):
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise FloatingPointError(
+        raise NotFiniteError(
             f"features of images {', '.join(map(str, bad[:10]))}{more} are not finite: look at"
             " these images, and at the weights of the network"
         )

@@ -10,6 +10,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
+from sdprune_jax import UserError
+
 _BLOCK = 512  # images summed at once; fixed, so that sums do not depend on how they arrive
 _MANY = 2048  # images below which published distances are not comparable
 
@@ -48,7 +50,7 @@ def moments(batches: Iterable[Float[np.ndarray, "_ d"]]) -> Moments:
         part = Moments(len(x), mean, x.T @ x)
         total = part if total is None else merge(total, part)
     if total is None:
-        raise ValueError("there is no image to take moments of: give 2 or more")
+        raise UserError("there is no image to take moments of: give 2 or more")
     return total
 
 
@@ -74,9 +76,9 @@ def gaussian(found: Moments) -> Gaussian:
     """
     size = len(found.mean)
     if found.num < 2:
-        raise ValueError(f"{found.num} images have no covariance: give 2 or more")
+        raise UserError(f"{found.num} images have no covariance: give 2 or more")
     if not (np.isfinite(found.mean).all() and np.isfinite(found.scatter).all()):
-        raise ValueError(f"the moments of {found.num} images are not finite: check their features")
+        raise UserError(f"the moments of {found.num} images are not finite: check their features")
     if found.num < _MANY:
         singular = f"; their covariance of {size} features has not full rank"
         logging.warning(
@@ -99,12 +101,12 @@ def read_gaussian(path: str | os.PathLike[str], num_features: int) -> Gaussian:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ValueError(f"no reference statistics at {path}: give a .npz with mu and sigma")
+        raise UserError(f"no reference statistics at {path}: give a .npz with mu and sigma")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in ("mu", "sigma") if name in arrays}
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no .npz of plain arrays mu and sigma: {error}") from error
+        raise UserError(f"{path} is no .npz of plain arrays mu and sigma: {error}") from error
     problems, shapes = [], {"mu": (num_features,), "sigma": (num_features, num_features)}
     for name, shape in shapes.items():
         if name not in found:
@@ -120,7 +122,7 @@ def read_gaussian(path: str | os.PathLike[str], num_features: int) -> Gaussian:
         ):
             problems.append("sigma is not symmetric")
     if problems:
-        raise ValueError(f"{path} holds no statistics of features: " + "; ".join(problems))
+        raise UserError(f"{path} holds no statistics of features: " + "; ".join(problems))
     mean, covariance = (found[name].astype(np.float64) for name in ("mu", "sigma"))
     return Gaussian(mean, (covariance + covariance.T) / 2)
 
@@ -137,7 +139,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     Source: Dowson and Landau 1982; FID in Heusel et al. 2017 (https://arxiv.org/abs/1706.08500).
     """
     if len(a.mean) != len(b.mean):
-        raise ValueError(
+        raise UserError(
             f"cannot compare {len(a.mean)} features with {len(b.mean)}: they are of two networks"
         )
     shared = np.linalg.svd(factor(a) @ factor(b).T, compute_uv=False).sum()

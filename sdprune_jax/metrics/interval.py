@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from sdprune_jax import UserError
 from sdprune_jax.metrics import frechet
 
 
@@ -106,7 +107,7 @@ def _check(values: Float[np.ndarray, "n ..."], num_resamples: int, level: float)
     if not 0 < level < 1:
         problems.append(f"level={level}, expected a chance in (0, 1)")
     if problems:
-        raise ValueError("cannot bootstrap: " + "; ".join(problems))
+        raise UserError("cannot bootstrap: " + "; ".join(problems))
 
 
 def _tails(level: float) -> list[float]:

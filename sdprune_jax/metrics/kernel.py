@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from sdprune_jax import sharding
+from sdprune_jax import UserError, sharding
 
 _TILE = 512  # rows and columns of the largest kernel matrix on a device
 
@@ -42,7 +42,7 @@ def kid(
     """
     _check(x, y)
     if num_subsets < 1 or subset_size < 2:
-        raise ValueError(
+        raise UserError(
             f"KID needs a subset of 2 images, got num_subsets={num_subsets} and"
             f" subset_size={subset_size}"
         )
@@ -90,13 +90,13 @@ def cmmd(
     """
     _check(x, y)
     if not sigma > 0:
-        raise ValueError(f"sigma is the width of the kernel, above 0, got {sigma}")
+        raise UserError(f"sigma is the width of the kernel, above 0, got {sigma}")
     z = np.concatenate([x, y]).astype(np.float64)
     weight = np.repeat([1 / len(x), -1 / len(y)], [len(x), len(y)])
     z = (z - z.mean(axis=0)[None]) / sigma
     squares = np.sum(z**2, axis=1)
     if squares.max() > 60:  # exp(s) would leave the range of float32
-        raise ValueError(
+        raise UserError(
             f"sigma={sigma} is too narrow for vectors {squares.max() ** 0.5:.3g} sigma off"
         )
     loss = np.expm1(-0.5 * squares)  # a - 1
@@ -121,7 +121,7 @@ def _check(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m _d"]) -> None:
     if x.shape[1] != y.shape[1]:
         problems.append(f"x has {x.shape[1]} features and y {y.shape[1]}: they are of two networks")
     if problems:
-        raise ValueError("cannot compare these features: " + "; ".join(problems))
+        raise UserError("cannot compare these features: " + "; ".join(problems))
 
 
 def _in_own_order(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

@@ -3,6 +3,8 @@
 import numpy as np
 from jaxtyping import Float
 
+from sdprune_jax import UserError
+
 _WINDOW = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)  # 11 wide, of standard deviation 1.5
 _WINDOW /= _WINDOW.sum()
 
@@ -29,7 +31,7 @@ def ssim(
     Source: Wang et al. 2004, Image Quality Assessment, section III (K1 = 0.01, K2 = 0.03).
     """
     if min(got.shape[1:3]) < len(_WINDOW):
-        raise ValueError(
+        raise UserError(
             f"SSIM needs images of {len(_WINDOW)} x {len(_WINDOW)} or more, got"
             f" {got.shape[1]} x {got.shape[2]}"
         )

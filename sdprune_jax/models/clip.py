@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sdprune_jax import UserError
 from sdprune_jax.models.layers import ACTIVATIONS, layer_norm
 from sdprune_jax.models.products import dense
 
@@ -112,7 +113,7 @@ def _read(cls: Any, values: Mapping[str, Any], kind: str) -> Any:
             f" {config.num_attention_heads} heads"
         )
     if problems:
-        raise ValueError(f"not a {kind} that can be read:\n  " + "\n  ".join(problems))
+        raise UserError(f"not a {kind} that can be read:\n  " + "\n  ".join(problems))
     return config
 
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sdprune_jax import UserError
+
 MIN_SIZE = 31  # pixels of the height and of the width: with fewer the second pool has no window
 
 # Mean and standard deviation of the photographs of ImageNet, scaled from [0, 1] to [-1, 1].
@@ -37,7 +39,7 @@ class LPIPS(nn.Module):
         """
         height, width = got.shape[1:3]
         if min(height, width) < MIN_SIZE:
-            raise ValueError(
+            raise UserError(
                 f"LPIPS needs images of {MIN_SIZE} x {MIN_SIZE} or more, got {height} x {width}:"
                 " generate larger ones, or leave LPIPS out"
             )

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
+from sdprune_jax import UserError
+
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
@@ -89,7 +91,7 @@ class Schedule:
 
     def __post_init__(self):
         if problems := _problems(self):
-            raise ValueError(
+            raise UserError(
                 "scheduler/scheduler_config.json is not supported:\n  " + "\n  ".join(problems)
             )
 

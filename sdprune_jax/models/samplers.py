@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
+from sdprune_jax import UserError
 from sdprune_jax.models.noise_schedule import Schedule, alphas_cumprod
 
 SAMPLERS = {  # by the scheduler class that stands for it in a diffusers directory
@@ -200,7 +201,7 @@ def _checked_timesteps(
             )
     if problems:
         names = ", ".join(SAMPLERS.values())
-        raise ValueError("cannot sample: " + "; ".join(problems) + f" (samplers: {names})")
+        raise UserError("cannot sample: " + "; ".join(problems) + f" (samplers: {names})")
     return timesteps
 
 

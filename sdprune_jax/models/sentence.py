@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sdprune_jax import UserError
 from sdprune_jax.models.layers import ACTIVATIONS, layer_norm
 
 _BUCKETS, _MAX_DISTANCE = 32, 128  # of MPNet's relative positions
@@ -90,7 +91,7 @@ class SentenceConfig:
                 f" {config.num_attention_heads} heads"
             )
         if problems:
-            raise ValueError(
+            raise UserError(
                 "config.json is not a sentence encoder that can be read:\n  "
                 + "\n  ".join(problems)
             )

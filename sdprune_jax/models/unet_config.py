@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from sdprune_jax import UserError
+
 FF_UNITS = 32  # groups of neurons in a feed-forward network that are gated together
 
 _MID_BLOCK = "UNetMidBlock2DCrossAttn"
@@ -79,7 +81,7 @@ class UNetConfig:
         config = cls(**found)
         problems += config.problems()
         if problems:
-            raise ValueError(
+            raise UserError(
                 "unet/config.json is not a Stable Diffusion 2 UNet:\n  " + "\n  ".join(problems)
             )
         return config

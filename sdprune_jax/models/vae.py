@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sdprune_jax import UserError
 from sdprune_jax.models.layers import Attention, GroupNorm, ResnetBlock, upsample
 from sdprune_jax.models.products import conv
 
@@ -70,7 +71,7 @@ class VAEConfig:
             if channels < 1 or channels % config.norm_num_groups
         ]
         if problems:
-            raise ValueError(
+            raise UserError(
                 "vae/config.json is not a Stable Diffusion autoencoder:\n  " + "\n  ".join(problems)
             )
         return config

@@ -11,6 +11,7 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Float
 
+from sdprune_jax import UserError
 from sdprune_jax.scoring.masks import num_removed
 
 Sparsity = float | Fraction
@@ -79,9 +80,9 @@ def owl(
     assert outlier_ratios.keys() == sizes.keys()
     num_removed(1, sparsity)  # which refuses what is no sparsity
     if not 0 <= lam < 0.5:
-        raise ValueError(f"lambda is half a range of sparsities, in [0, 0.5), got {lam}")
+        raise UserError(f"lambda is half a range of sparsities, in [0, 0.5), got {lam}")
     if bad := [name for name, ratio in outlier_ratios.items() if not math.isfinite(ratio)]:
-        raise ValueError(f"outlier ratios are not finite, so neither are the scores: {bad}")
+        raise UserError(f"outlier ratios are not finite, so neither are the scores: {bad}")
     ratios = {name: Fraction(ratio) for name, ratio in outlier_ratios.items()}
     least = min(ratios.values())
     spread = max(ratios.values()) - least or 1  # 1: all are equal, and so will be the sparsities
@@ -166,7 +167,7 @@ def matched(rules: Iterable[tuple[str, float]], names: Collection[str]) -> dict[
             problems.append(f"{pattern} matches only what others before it do: put it first")
         found = dict.fromkeys(matches, sparsity) | found
     if problems:
-        raise ValueError("sparsities by pattern cannot be used:\n  " + "\n  ".join(problems))
+        raise UserError("sparsities by pattern cannot be used:\n  " + "\n  ".join(problems))
     return found
 
 
@@ -191,7 +192,7 @@ def remaining(
     left = num_removed(total, sparsity) - done
     if 0 <= left < free or left == free == 0:
         return Fraction(left, free or 1)
-    raise ValueError(
+    raise UserError(
         f"a sparsity of {float(sparsity):g} is out of reach: {len(fixed)} of {len(sizes)} layers "
         f"have their own, so {done / total:.4f} is the lowest of all {total:,} weights together "
         f"and {(done + free) / total:.4f} more than the highest; change it, or theirs"

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sdprune_jax import UserError
 from sdprune_jax.scoring import masks, obs
 from sdprune_jax.scoring.obs import Solution
 from sdprune_jax.scoring.recorder import LayerStats
@@ -47,7 +48,7 @@ def unstructured(
     Source: ALPS, NeurIPS 2024, algorithms 1 and 2 (https://arxiv.org/abs/2406.07831).
     """
     if not 0 <= num_removed < kernel.size:
-        raise ValueError(f"cannot remove {num_removed} of {kernel.size}, expected [0, size)")
+        raise UserError(f"cannot remove {num_removed} of {kernel.size}, expected [0, size)")
     return _solved(kernel, stats, num_removed, None, damping)
 
 
@@ -60,7 +61,7 @@ def n_of_m(
         ValueError: if `m` does not divide the inputs, or `n` is not in [1, m).
     """
     if not 0 < n < m or kernel.shape[0] % m:
-        raise ValueError(f"pattern {n}:{m} does not fit {kernel.shape[0]} inputs")
+        raise UserError(f"pattern {n}:{m} does not fit {kernel.shape[0]} inputs")
     return _solved(kernel, stats, n, m, damping)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from sdprune_jax import UserError
+
 _CHUNK = 2**20  # scores; what is derived from them stays in a cache
 _HALF = 16  # bits
 
@@ -37,7 +39,7 @@ def lowest(
         for bits in _chunks(score(name)):
             upper += np.bincount(bits >> _HALF, minlength=len(upper))
     if not 0 <= k < upper.sum():
-        raise ValueError(f"cannot remove {k} of {upper.sum()}, expected a number in [0, size)")
+        raise UserError(f"cannot remove {k} of {upper.sum()}, expected a number in [0, size)")
     high, k_left = _find(upper, k)
     lower = np.zeros(2**_HALF, np.int64)
     for name in names:

@@ -22,7 +22,7 @@ from sdprune_jax.scoring import masks, obs, recorder
 from sdprune_jax.scoring.recorder import LayerStats
 
 Kernels = Mapping[str, Float[np.ndarray, "..."]]  # by path, in Flax's layout
-Stat = LayerStats | Float[np.ndarray, "..."]  # of what a layer reads, or the loss's gradient by it
+Stat = recorder.Stat
 
 STATISTIC: Mapping[str, str | None] = {
     "random": None,

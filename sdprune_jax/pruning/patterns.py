@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sdprune_jax import UserError
 from sdprune_jax.scoring import masks
 
 # The runs of a convolution. Tensor cores skip zeros along the channels of one tap; published code
@@ -60,7 +61,7 @@ def refuse_indivisible(
         ValueError: if not 0 < n < m, or naming all layers whose inputs are no multiple of `m`.
     """
     if not 0 < n < m:
-        raise ValueError(f"n of every m weights are removed with 0 < n < m, got {n}:{m}")
+        raise UserError(f"n of every m weights are removed with 0 < n < m, got {n}:{m}")
     bad = []
     for name, (*taps, n_in, _) in shapes.items():
         n_runs = n_in
@@ -70,7 +71,7 @@ def refuse_indivisible(
         if n_runs % m:
             bad.append(f"{name} ({n_runs})")
     if bad:
-        raise ValueError(
+        raise UserError(
             f"{n}:{m} needs layers whose inputs are a multiple of {m}; leave out, with a sparsity "
             f"of their own, or by the scope: {', '.join(bad)}"
         )
@@ -91,7 +92,7 @@ def band(scores: Float[Array, "*shape"], low: float, high: float) -> Bool[Array,
         (https://arxiv.org/abs/2411.15113).
     """
     if not 0 <= low <= high <= 1 or high - low == 1:
-        raise ValueError(
+        raise UserError(
             f"a band of quantiles has 0 <= low <= high <= 1 and leaves something, got "
             f"[{low}, {high}]"
         )

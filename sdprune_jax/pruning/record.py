@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from sdprune_jax import UserError
 from sdprune_jax.files import convert, model_directory, tensors
 from sdprune_jax.pruning.methods import Pruned
 
@@ -73,7 +74,7 @@ def verify(output: pathlib.Path, name: str, tree: Any, dtype: np.dtype) -> int:
     for path, x in convert.flatten(tree).items():
         got = np.asarray(stored[path])
         if not np.array_equal(got, x.astype(dtype)):
-            raise ValueError(f"{output / name}: {convert.torch_key(path)} is not what was written")
+            raise UserError(f"{output / name}: {convert.torch_key(path)} is not what was written")
         zeros += got.size - int(np.count_nonzero(got))
     return zeros
 

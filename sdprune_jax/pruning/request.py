@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from sdprune_jax import config
+from sdprune_jax import UserError, config
 from sdprune_jax.files import convert
 from sdprune_jax.pruning import allocate, patterns
 from sdprune_jax.scoring import masks
@@ -62,7 +62,7 @@ def check(kernels: Mapping[str, Any], section: config.PruneComponent) -> None:
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        raise ValueError("config.prune is not possible: " + "; ".join(problems))
+        raise UserError("config.prune is not possible: " + "; ".join(problems))
     if pattern != "unstructured":
         shapes = {convert.torch_key(p): x.shape for p, x in kernels.items() if p not in own}
         patterns.refuse_indivisible(shapes, *n_and_m(pattern))

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from sdprune_jax import UserError
 from sdprune_jax.files import tensors
 from sdprune_jax.report import forms
 
@@ -39,7 +40,7 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
         ValueError: naming all that is not as the stages before write it.
     """
     if not workdir.is_dir():
-        raise ValueError(f"{workdir} is no directory, so there is nothing to report; check workdir")
+        raise UserError(f"{workdir} is no directory, so there is nothing to report; check workdir")
     found, problems = [], []
     for name, form in forms.FORMS.items():
         path = workdir / name
@@ -58,7 +59,7 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
     if not problems:
         problems += _picture_problems(images, workdir / "images", num_images)
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{workdir} cannot be reported; run the stage again that wrote what is wrong:\n  "
             + tensors.listing(problems)
         )

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from sdprune_jax import pipeline, sharding
+from sdprune_jax import UserError, pipeline, sharding
 from sdprune_jax.files import convert
 from sdprune_jax.files.model_directory import Model
 from sdprune_jax.models import clip, samplers, unet
@@ -106,7 +106,7 @@ def unet_statistics(
     """
     _refuse_batch(len(text), trajectory.batch_size, mesh)
     if not 0 < trajectory.position_fraction <= 1:
-        raise ValueError(f"position_fraction is in (0, 1], got {trajectory.position_fraction}")
+        raise UserError(f"position_fraction is in (0, 1], got {trajectory.position_fraction}")
     table = samplers.timetable(model.schedule, trajectory.sampler, trajectory.num_steps)
     alphas = trajectory.weights(len(table.timestep))
     guided = trajectory.guidance_scale > 1
@@ -218,7 +218,7 @@ def _inputs_of_each(params: Any, paths: Iterable[str]) -> tuple[tuple[str, int],
     flat = convert.flatten(params)
     unknown = sorted(set(paths) - set(flat))
     if unknown:
-        raise ValueError("the model has no such kernels:\n  " + "\n  ".join(unknown))
+        raise UserError("the model has no such kernels:\n  " + "\n  ".join(unknown))
     return tuple((path, math.prod(flat[path].shape[:-1])) for path in paths)
 
 
@@ -240,4 +240,4 @@ def _refuse_batch(num_prompts: int, batch_size: int, mesh: Mesh) -> None:
     if batch_size < 1 or batch_size % mesh.size:
         problems.append(f"batch_size is {batch_size}, expected a multiple of {mesh.size} devices")
     if problems:
-        raise ValueError("cannot calibrate: " + "; ".join(problems))
+        raise UserError("cannot calibrate: " + "; ".join(problems))

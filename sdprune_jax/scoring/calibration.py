@@ -14,8 +14,7 @@ from sdprune_jax import config
 from sdprune_jax.data import captions, tokenizer
 from sdprune_jax.files import convert, model_directory
 from sdprune_jax.models import clip
-from sdprune_jax.pruning import methods
-from sdprune_jax.scoring import calibrate, gradients, inputs
+from sdprune_jax.scoring import calibrate, gradients, inputs, recorder
 from sdprune_jax.scoring.trajectory import Trajectory
 
 
@@ -42,7 +41,7 @@ class Calibration:
 
     def parts(
         self, flat: Mapping[str, np.ndarray], layers: list[str], statistic: str | None
-    ) -> Iterator[tuple[list[str], Mapping[str, methods.Stat]]]:
+    ) -> Iterator[tuple[list[str], Mapping[str, recorder.Stat]]]:
         """Yields layers whose statistics fit in memory together, and those statistics.
 
         Args:
@@ -63,7 +62,7 @@ class Calibration:
 
     def stats(
         self, flat: Mapping[str, np.ndarray], paths: Sequence[str], statistic: str
-    ) -> Mapping[str, methods.Stat]:
+    ) -> Mapping[str, recorder.Stat]:
         """What the layers at `paths` read in the component whose arrays are `flat`.
 
         Or, as "gradient", the sums of the loss's gradients by their kernels. In "weighted_gram" the

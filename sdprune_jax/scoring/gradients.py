@@ -11,7 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from sdprune_jax import config, pipeline, sharding
+from sdprune_jax import UserError, config, pipeline, sharding
 from sdprune_jax.data import cache, emoji, pictures
 from sdprune_jax.files import model_directory
 from sdprune_jax.models import noise_schedule, unet
@@ -80,7 +80,7 @@ def sums(
         picture on, up to the first whose loss is below a share of the largest.
     """
     if section.batch_size % mesh.size:
-        raise ValueError(
+        raise UserError(
             f"gradients.batch_size is {section.batch_size}, expected a multiple of the"
             f" {mesh.size} devices"
         )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sdprune_jax import UserError
 from sdprune_jax.files import convert
 from sdprune_jax.models import clip, layers, unet
 from sdprune_jax.scoring import recorder
@@ -80,7 +81,7 @@ def packages(
     shapes, order = _in_order(config)
     unknown = sorted(set(paths) - set(order))
     if unknown:
-        raise ValueError("the model has no layers with these kernels:\n  " + "\n  ".join(unknown))
+        raise UserError("the model has no layers with these kernels:\n  " + "\n  ".join(unknown))
     wanted = set(paths)
     found: list[list[str]] = [[]]
     used, problems = 0, []
@@ -94,7 +95,7 @@ def packages(
         found[-1] += group
         used += size
     if problems:
-        raise ValueError(
+        raise UserError(
             f"the statistic ({statistic}) of a layer exceeds the limit of {max_bytes:,} bytes:"
             " raise calibration.max_gigabytes, or leave these layers out:\n  "
             + "\n  ".join(problems)

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
+from sdprune_jax import UserError
+
 _ROW = 8192  # scores a row of a batch; a tensor starts on a row
 _SMALL = 2**22  # scores in a batch; its four-byte scores stay in a CPU's last cache
 _LAST = 2**31 - 1  # a key after every other
@@ -38,7 +40,7 @@ def num_removed(size: int, sparsity: float | Fraction) -> int:
     if not 0 <= sparsity < 1:
         percent = f"; for {float(sparsity):g} percent write {float(sparsity) / 100:g}"
         hint = percent if 1 < sparsity < 100 else ""
-        raise ValueError(f"sparsity is the fraction removed, in [0, 1), got {sparsity}{hint}")
+        raise UserError(f"sparsity is the fraction removed, in [0, 1), got {sparsity}{hint}")
     return math.floor(size * Fraction(str(sparsity)))  # 0.35 * 20 is 6.999... in floats
 
 
@@ -102,7 +104,7 @@ def lowest_of_each(
         if not 0 <= k < size:
             problems.append(f"{name}: cannot remove {k} of {size}, expected a number in [0, size)")
     if problems:
-        raise ValueError("cannot select: " + "; ".join(problems))
+        raise UserError("cannot select: " + "; ".join(problems))
     batches = list(_batches(scores, num_removed))
     buffers = {capacity: _aligned(capacity) for capacity in {c for _, c in batches}}
     for first_rows, capacity in batches:

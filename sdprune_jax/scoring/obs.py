@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sdprune_jax import UserError
 from sdprune_jax.scoring import masks
 from sdprune_jax.scoring.recorder import LayerStats
 
@@ -64,9 +65,9 @@ def factorise(stats: LayerStats, damping: float = 0.01) -> Factor:
     Source: SparseGPT, section 3 and appendix A (https://arxiv.org/abs/2301.00774).
     """
     if not 0 < damping <= 1:
-        raise ValueError(f"damping is a fraction of the mean diagonal in (0, 1], got {damping}")
+        raise UserError(f"damping is a fraction of the mean diagonal in (0, 1], got {damping}")
     if stats.moment.ndim != 2:
-        raise ValueError("second moments cannot compensate: calibrate with the statistic `gram`")
+        raise UserError("second moments cannot compensate: calibrate with the statistic `gram`")
     while True:
         upper, dead, is_positive = _factorise(stats.moment, stats.weight, jnp.asarray(damping))
         if is_positive or damping == 1:
@@ -102,9 +103,9 @@ def unstructured(
     Source: SparseGPT, algorithm 1 (https://arxiv.org/abs/2301.00774).
     """
     if not 0 <= num_removed < kernel.size:
-        raise ValueError(f"cannot remove {num_removed} of {kernel.size}, expected [0, size)")
+        raise UserError(f"cannot remove {num_removed} of {kernel.size}, expected [0, size)")
     if threshold not in ("exact", "published"):
-        raise ValueError(f"threshold is {threshold!r}, expected exact or published")
+        raise UserError(f"threshold is {threshold!r}, expected exact or published")
     if not factor.is_positive:
         return by_magnitude(kernel, factor, masks.lowest(jnp.abs(kernel), num_removed))
     forced = _forced(kernel, factor.dead, preserve_zeros)
@@ -140,7 +141,7 @@ def n_of_m(
         if size % max(m, 1)
     ]  # fmt: skip
     if problems:
-        raise ValueError(f"pattern {n}:{m} does not fit: " + "; ".join(problems))
+        raise UserError(f"pattern {n}:{m} does not fit: " + "; ".join(problems))
     forced = _forced(kernel, factor.dead, preserve_zeros)
     if not factor.is_positive:
         score = jnp.where(forced, -1, jnp.abs(kernel))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
+from sdprune_jax import UserError
 from sdprune_jax.files import convert
 
 STATISTICS = ("moments", "gram")
@@ -29,6 +30,9 @@ class LayerStats(NamedTuple):
 
     moment: Float[Array, " n_in"] | Float[Array, "n_in n_in"]
     weight: Float[Array, ""]
+
+
+Stat = LayerStats | Float[np.ndarray, "..."]  # of what a layer reads, or the loss's gradient by it
 
 
 Stats = dict[str, LayerStats]  # by path of the kernel
@@ -92,7 +96,7 @@ def apply_and_record(
     stats = {f"{path.removesuffix('.stats')}.kernel": value for path, value in flat.items()}
     missing = sorted(set(layers) - set(stats))
     if missing:
-        raise ValueError("the model never calls these layers:\n  " + "\n  ".join(missing))
+        raise UserError("the model never calls these layers:\n  " + "\n  ".join(missing))
     return out, stats
 
 
@@ -127,7 +131,7 @@ def checked(stats: Stats) -> Stats:
         elif not is_finite:
             problems.append(f"{path} read values that are not finite")
     if problems:
-        raise ValueError(
+        raise UserError(
             "calibration failed; give prompts, or compute in float32:\n  " + "\n  ".join(problems)
         )
     return stats

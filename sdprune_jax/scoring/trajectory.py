@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64
 
+from sdprune_jax import UserError
+
 # From 0 to 1 over the calls, given their numbers 1 to T (the noisiest is first) and T.
 _RISES: Mapping[str, Callable[[Any, int], Any]] = {
     "linear_increasing": lambda call, num: (call - 1) / (num - 1),
@@ -66,7 +68,7 @@ def timestep_weights(
     if not 0 < low <= high:
         problems.append(f"their range must satisfy 0 < low <= high, got {low} and {high}")
     if problems:
-        raise ValueError("cannot weight the calls: " + "; ".join(problems))
+        raise UserError("cannot weight the calls: " + "; ".join(problems))
     if kind == "uniform":
         return np.ones(num_calls)
     rise = _RISES[kind](np.arange(1, num_calls + 1), num_calls) if num_calls > 1 else np.ones(1)

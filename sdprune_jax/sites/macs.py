@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sdprune_jax import sites
+from sdprune_jax import UserError, sites
 from sdprune_jax.models import clip, unet, vae
 from sdprune_jax.models.layers import Attention, GroupNorm, site_name
 
@@ -135,7 +135,7 @@ def _costs(
 ) -> tuple[dict[str, int], int]:
     """MACs of every layer by path, and of the whole UNet."""
     if counter not in COUNTERS:
-        raise ValueError(f"counter is {counter!r}, expected one of {COUNTERS}")
+        raise UserError(f"counter is {counter!r}, expected one of {COUNTERS}")
     layers = _unet_layers(config, latent_size, text_tokens)
     work = {path: getattr(layer, counter) for path, layer in layers.items()}
     costs = {path: sum(macs) if counter == "exact" else macs for path, macs in work.items()}

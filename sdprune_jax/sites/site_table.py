@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
+from sdprune_jax import UserError
 from sdprune_jax.files import convert
 from sdprune_jax.models import unet
 
@@ -90,7 +91,7 @@ def prunable(shapes: Mapping[str, Any], component: str, scope: str) -> list[str]
         (https://arxiv.org/abs/2510.06751).
     """
     if scope not in SCOPES:
-        raise ValueError(f"scope is {scope!r}, expected one of {SCOPES}")
+        raise UserError(f"scope is {scope!r}, expected one of {SCOPES}")
     part = "text_model.encoder.layers." if component == "text_encoder" else ""
     num_axes = (2,) if scope in ("linear", "obsdiff") else (2, 4)
     excluded = {"obsdiff": _NOT_OBSDIFF, "all": ()}.get(scope, ("conv_in", "conv_out"))
@@ -103,7 +104,7 @@ def prunable(shapes: Mapping[str, Any], component: str, scope: str) -> list[str]
         and path.split(".")[-2] not in excluded
     ]
     if not paths:
-        raise ValueError(f"no layer of the {component} is in scope {scope!r}: choose another")
+        raise UserError(f"no layer of the {component} is in scope {scope!r}: choose another")
     return paths
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sdprune_jax import UserError
 from sdprune_jax.files import convert
 from sdprune_jax.models import unet
 from sdprune_jax.sites import site_table
@@ -46,7 +47,7 @@ def slice_params(
         elif not keep.any() and not is_removed(name):
             problems.append(f"{name} would lose all of its {len(keep)} units, keep at least one")
     if problems:
-        raise ValueError("this UNet cannot be sliced so:\n  " + "\n  ".join(problems))
+        raise UserError("this UNet cannot be sliced so:\n  " + "\n  ".join(problems))
 
     flat = convert.flatten(params)
     kept = {name: units for name, units in config.kept_units if not is_removed(name)}

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sdprune_jax import sites
+from sdprune_jax import UserError, sites
 from sdprune_jax.files import convert
 from sdprune_jax.models import unet
 
@@ -39,7 +39,7 @@ def student(config: unet.UNetConfig, size: str) -> unet.UNetConfig:
     if size == "tiny" and (len(widths) < 3 or widths[-1] != widths[-2]):
         problems.append(f"has the widths {widths}: without the last, the others would not fit")
     if problems:
-        raise ValueError(f"this UNet has no bksdm-{size}: it " + "; it ".join(problems))
+        raise UserError(f"this UNet has no bksdm-{size}: it " + "; it ".join(problems))
     found = dataclasses.replace(config, layers_per_block=1)
     if size == "base":
         return found

@@ -12,9 +12,9 @@ from sdprune_jax import config, sites
 from sdprune_jax.files import convert, model_directory
 from sdprune_jax.models import unet
 from sdprune_jax.scoring import gradients, obs
+from sdprune_jax.scoring.calibration import Calibration
 from sdprune_jax.sites import macs
 from sdprune_jax.slicing import bksdm, operators, structured, units
-from sdprune_jax.stages.prune import Calibration
 
 
 class Task(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Float64
 
-from sdprune_jax import pipeline, sharding
+from sdprune_jax import UserError, pipeline, sharding
 from sdprune_jax.data import cache
 from sdprune_jax.files import model_directory
 from sdprune_jax.models import samplers, unet
@@ -52,7 +52,7 @@ def score(
         sets of latents, and that between their standard deviations, summed.
     """
     if trajectory.batch_size % mesh.size:
-        raise ValueError(
+        raise UserError(
             f"calibration.batch_size is {trajectory.batch_size}, expected a multiple of the"
             f" {mesh.size} devices"
         )

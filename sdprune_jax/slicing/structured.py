@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64
 
-from sdprune_jax import sites
+from sdprune_jax import UserError, sites
 from sdprune_jax.files import convert
 from sdprune_jax.models import unet
 from sdprune_jax.sites import macs
@@ -114,7 +114,7 @@ def within_budget(
         kept -= costs.sites[name] / len(keep[name])
     if kept > target * (1 + 1e-12):
         left = " but one unit of every site" if keep_one else ""
-        raise ValueError(
+        raise UserError(
             f"config.slice.macs_budget is {macs_budget}, the share of all MACs to keep: expected"
             f" from {kept / costs.total:.4f}, all{left} gone that this criterion may remove, to 1"
         )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sdprune_jax import UserError
 from sdprune_jax.scoring import masks, obs
 
 
@@ -36,7 +37,7 @@ def remove(
     """
     num_units, rest = divmod(kernel.shape[0], unit_size)
     if rest or not 0 <= num_removed < num_units:
-        raise ValueError(
+        raise UserError(
             f"cannot remove {num_removed} units of {unit_size} from {kernel.shape[0]} inputs:"
             f" expected whole units, and one that is left"
         )

@@ -11,7 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from sdprune_jax import config, sites
+from sdprune_jax import UserError, config, sites
 from sdprune_jax.aptp import assignment, balance, expert_files, gates, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
 from sdprune_jax.data import cache, emoji, pictures
@@ -140,7 +140,7 @@ def _stored_gates(directory: pathlib.Path, fit_budget: str) -> Float[Array, "k d
     if fit_budget != "none":
         problems.append("fit_budget moves logits, not gates that are stored: set it to none")
     if problems:
-        raise ValueError("config.assign.final_codes=stored is not possible: " + "; ".join(problems))
+        raise UserError("config.assign.final_codes=stored is not possible: " + "; ".join(problems))
     return jnp.asarray(np.load(path))
 
 

@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from sdprune_jax import config, sharding
+from sdprune_jax import UserError, config, sharding
 from sdprune_jax.aptp import expert_files
 from sdprune_jax.data import cache, pictures
 from sdprune_jax.files import model_directory, tensors
@@ -88,7 +88,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             sharding.wait_for_all(name)
         done.append({"directory": name} | tensors.read_json(partial / name / "finetune.json"))
     if not done:
-        raise ValueError(f"none of the {len(skipped)} experts in {work} has a prompt to train on")
+        raise UserError(f"none of the {len(skipped)} experts in {work} has a prompt to train on")
     values = {
         "made_from": made_from,
         "made_from_experts": experts.made_from,

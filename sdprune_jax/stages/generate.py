@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from sdprune_jax import config, pipeline, sharding
+from sdprune_jax import UserError, config, pipeline, sharding
 from sdprune_jax.aptp import routed
 from sdprune_jax.data import cache, captions, emoji, tokenizer
 from sdprune_jax.files import model_directory, tensors
@@ -132,7 +132,7 @@ def _size(section: config.Generate, model: model_directory.Model) -> tuple[int, 
         if value < downscale or value % downscale
     ]
     if problems:
-        raise ValueError("cannot generate:\n  " + "\n  ".join(problems))
+        raise UserError("cannot generate:\n  " + "\n  ".join(problems))
     return height, width
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sdprune_jax import config, sharding, sites
+from sdprune_jax import UserError, config, sharding, sites
 from sdprune_jax.config import checks
 from sdprune_jax.evaluate.protocols import PROTOCOLS
 from sdprune_jax.files import convert, model_directory
@@ -137,7 +137,7 @@ def _zeros(shapes: dict[str, Any], section: config.Prune) -> list[Row]:
         rows.append((name, rule, *_sparsities(found, pipeline)))
         sums += found
     if not rows:
-        raise ValueError("config.prune has no component: set config.prune.unet or text_encoder")
+        raise UserError("config.prune has no component: set config.prune.unet or text_encoder")
     rows.append(("together", "", *_sparsities(sums, pipeline)))
     heads = ("requested", "zeros", "of prunable", "of component", "of pipeline")
     return [("prune", "", *heads), *rows]
@@ -256,7 +256,7 @@ def _to_pretrain(run: config.Run, section: config.Pretrain) -> model_directory.M
 def _mesh(section: config.Mesh, num_devices: int) -> Mesh:
     data = num_devices // section.fsdp
     if data * section.fsdp != num_devices or section.data not in (-1, data):
-        raise ValueError(
+        raise UserError(
             f"config.mesh is data {section.data} x fsdp {section.fsdp}, for {num_devices} devices:"
             " use an fsdp that divides them, and data=-1 for all that are left"
         )

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import config, sharding, sites
+from sdprune_jax import UserError, config, sharding, sites
 from sdprune_jax.data import cache, captions
 from sdprune_jax.files import convert, model_directory, tensors
 from sdprune_jax.pruning import component, methods, record, request
@@ -34,7 +34,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         if (section := getattr(run.prune, name, None)) is not None
     }
     if not sections:
-        raise ValueError("config.prune has no component: set config.prune.unet or text_encoder")
+        raise UserError("config.prune has no component: set config.prune.unet or text_encoder")
     model = model_directory.open_model(model_directory.directory_of(run.model))
     work = pathlib.Path(run.workdir)
     output, file = work / "pruned", work / "prune.json"

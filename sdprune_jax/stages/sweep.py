@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import config, sharding, sites
+from sdprune_jax import UserError, config, sharding, sites
 from sdprune_jax.data import cache, captions
 from sdprune_jax.evaluate import needs, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
@@ -215,7 +215,7 @@ def _refuse(
             except ValueError as error:
                 problems.append(f"{where}.{name}: {error}")
     if problems:
-        raise ValueError("config.sweep is not possible:\n  " + tensors.listing(problems))
+        raise UserError("config.sweep is not possible:\n  " + tensors.listing(problems))
 
 
 def _write(file: pathlib.Path, values: dict[str, Any]) -> None:

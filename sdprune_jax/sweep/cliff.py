@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from sdprune_jax import UserError
+
 
 class NoBreakError(ValueError):
     """There is no cliff to find."""
@@ -34,7 +36,7 @@ def way_to_chance(value: float, dense: float, chance: float, *, higher_is_better
         ValueError: if a figure is not finite.
     """
     if not all(map(math.isfinite, (value, dense, chance))):
-        raise ValueError(f"figures are not finite: {value}, dense {dense}, by chance {chance}")
+        raise UserError(f"figures are not finite: {value}, dense {dense}, by chance {chance}")
     if dense == chance or (dense > chance) != higher_is_better:
         raise NoBreakError(
             f"the dense model gets {dense:g} and chance {chance:g}: there is no quality to lose;"
@@ -89,14 +91,14 @@ def bisect(
         ValueError: if a share is no number, or the bracket or the tolerance is none.
     """
     if not low < high:
-        raise ValueError(f"no bracket: low is {low:g} and high is {high:g}, expected low < high")
+        raise UserError(f"no bracket: low is {low:g} and high is {high:g}, expected low < high")
     if not tolerance > 0:
-        raise ValueError(f"tolerance is {tolerance:g}, expected more than 0")
+        raise UserError(f"tolerance is {tolerance:g}, expected more than 0")
 
     def is_broken(sparsity: float) -> bool:
         share = evaluate(sparsity)
         if math.isnan(share):
-            raise ValueError(f"quality at sparsity {sparsity:g} is no number")
+            raise UserError(f"quality at sparsity {sparsity:g} is no number")
         return share > limit
 
     ends = {low: is_broken(low), high: is_broken(high)}

@@ -16,7 +16,7 @@ import transformers
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int32, Key, Shaped, UInt8
 
-from sdprune_jax import config, pipeline, sharding
+from sdprune_jax import UserError, config, pipeline, sharding
 from sdprune_jax.data import cache, emoji, tokenizer
 from sdprune_jax.data.pictures import Stored, state
 from sdprune_jax.files import model_directory, tensors
@@ -127,7 +127,7 @@ def encoder_of(
         return model.text_encoder
     file = pathlib.Path(section.encoder) / "config.json"
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"config.router.data.encoder is {section.encoder!r}, expected `text_encoder` or a"
             " directory of sentence-transformers, which has a config.json"
         )
@@ -151,7 +151,7 @@ def examples(
         ValueError: if there is no picture, or as `embeddings`.
     """
     if not len(pairs.images):
-        raise ValueError("there is no picture to train on: give a larger num_images")
+        raise UserError("there is no picture to train on: give a larger num_images")
     num_flips = 1 + section.flips
 
     def latents() -> cache.Arrays:

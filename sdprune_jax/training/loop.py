@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
-from sdprune_jax import config, sharding
+from sdprune_jax import NotFiniteError, UserError, config, sharding
 from sdprune_jax.data.order import rows_of_batch as rows_of_batch
 from sdprune_jax.models.initial import ends_a_block as ends_a_block
 from sdprune_jax.models.initial import init_params as init_params
@@ -213,7 +213,7 @@ def fit(
         )
         start, state = orbax_checkpoints.restore(checkpoints, like) or (0, None)
         if start > num_steps:
-            raise ValueError(
+            raise UserError(
                 f"{directory} has trained to step {start}, past num_steps, {num_steps}: ask for"
                 " more, or choose another workdir"
             )
@@ -241,7 +241,7 @@ def fit(
             if logs or saves:
                 skipped, bad = recent.fetch()
                 if skipped >= min(_MAX_SKIPPED, num_steps):
-                    raise FloatingPointError(
+                    raise NotFiniteError(
                         f"{name}: {', '.join(bad)} not finite in {skipped} steps in a row before"
                         f" step {done}; lower the learning rate, then run again with --force: it"
                         f" resumes from the checkpoint of step {manager.latest_step() or 0}"

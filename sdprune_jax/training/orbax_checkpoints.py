@@ -21,6 +21,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Shaped, UInt32
 
+from sdprune_jax import UserError
 from sdprune_jax.files import tensors
 
 _STATE, _CHECKSUMS = "default", "checksums"  # directories of a step; Orbax's name of a sole item
@@ -52,7 +53,7 @@ def check_space(directory: pathlib.Path, state: Any) -> None:
     there = next(path for path in (directory, *directory.parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     if free < count * size - held:
-        raise ValueError(
+        raise UserError(
             f"{there} has {free / 1e9:.3g} GB free, and {count} checkpoints of {size / 1e9:.3g} GB"
             " are to fit there; make room, or choose another workdir"
         )
@@ -92,7 +93,7 @@ def restore(directory: pathlib.Path, like: Any) -> tuple[int, Any] | None:
         logging.warning("checkpoint %s is skipped: %s", directory / str(step), problem)
     if problems:
         told = [f"step {step}: {problem}" for step, problem in problems.items()]
-        raise ValueError(
+        raise UserError(
             f"no checkpoint in {directory} can be restored:\n  {tensors.listing(told)}\n"
             "  if the config has changed, choose another workdir; to start anew, delete them"
         )
@@ -152,7 +153,7 @@ def _check_shapes(saved: Any, like: Any) -> None:
         if found.get(name) != wanted.get(name)
     ]
     if wrong:
-        raise ValueError(f"of another configuration: {tensors.listing(wrong)}")
+        raise UserError(f"of another configuration: {tensors.listing(wrong)}")
 
 
 def _shapes(state: Any) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from sdprune_jax import sharding
+from sdprune_jax import UserError, sharding
 from sdprune_jax.files import tensors
 
 # What may change while a training goes on: its end, what it tells, and how it uses memory.
@@ -45,7 +45,7 @@ def keep(directory: pathlib.Path, settings: Mapping[str, Any], force: bool) -> b
     ]
     if sharding.of_first(lambda: bool(changes)) and not force:
         told = tensors.listing(changes or ["see what the first process says"])
-        raise ValueError(
+        raise UserError(
             f"{directory} was begun with other settings:\n  {told}\n  put them back, or choose"
             " another workdir; to start anew, delete it; to train on from what is there with the"
             " new ones, say --force"

@@ -4,11 +4,11 @@ Inception v3 of pytorch-fid or torch-fidelity; CLIP of OpenAI, of open_clip or o
 LPIPS from torchvision's AlexNet and weights/v0.1/alex.pth of the lpips package (v0.0 looks the same
 and measures something else), which evaluation adds to any protocol if it finds it under that name:
 
-sdprune convert-metric-weights pt_inception-2015-12-05-6726825d.pth metrics/inception
-sdprune convert-metric-weights ViT-B-32.pt metrics/clip-b32 --allow-torchscript
-sdprune convert-metric-weights open_clip_model.safetensors metrics/h14 --activation gelu
-sdprune convert-metric-weights clip-vit-large-patch14-336 metrics/clip-l14-336
-sdprune convert-metric-weights alexnet-owt-7be5be79.pth metrics/lpips --linear alex.pth
+python tools/convert_metric_weights.py pt_inception-2015-12-05-6726825d.pth metrics/inception
+python tools/convert_metric_weights.py ViT-B-32.pt metrics/clip-b32 --allow-torchscript
+python tools/convert_metric_weights.py open_clip_model.safetensors metrics/h14 --activation gelu
+python tools/convert_metric_weights.py clip-vit-large-patch14-336 metrics/clip-l14-336
+python tools/convert_metric_weights.py alexnet-owt-7be5be79.pth metrics/lpips --linear alex.pth
 """
 
 import argparse
@@ -23,10 +23,14 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import clip_files
+import jax
 import numpy as np
 import transformers
 
-from sdprune_jax.commands import clip_files
+from sdprune_jax import UserError
 from sdprune_jax.files import convert, tensors, weights
 from sdprune_jax.models import clip, inception, lpips
 
@@ -55,13 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     try:
         if args.target.exists():
-            raise ValueError(f"{args.target} exists: choose another name, or remove it")
+            raise UserError(f"{args.target} exists: choose another name, or remove it")
         sources = [args.source, *([args.linear] if args.linear else [])]
         files = [file for source in sources for file in _weight_files(source)]
         digest = _sha256(files)
         print(f"sha256 {digest}")
         if args.sha256 and args.sha256.lower() != digest:
-            raise ValueError(
+            raise UserError(
                 f"{' and '.join(map(str, sources))} has sha256 {digest}, expected {args.sha256}: "
                 "it is another file, or damaged; download it again"
             )
@@ -98,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 def _weight_files(source: pathlib.Path) -> list[pathlib.Path]:
     if not source.is_dir():
         if not source.is_file():
-            raise ValueError(f"{source} is missing")
+            raise UserError(f"{source} is missing")
         return [source]
     if not any(source.glob("*.safetensors")) and (source / _PICKLE).is_file():
         return [source / _PICKLE]
@@ -135,7 +139,7 @@ def _unpickled(path: pathlib.Path, allow_torchscript: bool) -> State:
     try:
         if is_zip and _is_torchscript(path):
             if not allow_torchscript:
-                raise ValueError(
+                raise UserError(
                     f"{path} is a TorchScript archive, and to load it can run code. If you trust "
                     "it add --allow-torchscript, or where it can do no harm take out its tensors:\n"
                     '  python -c "import torch; '
@@ -146,9 +150,9 @@ def _unpickled(path: pathlib.Path, allow_torchscript: bool) -> State:
             loaded = torch.load(path, "cpu", weights_only=True, mmap=is_zip)
     except _DAMAGED as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} holds no tensors that can be read: {reason}") from error
+        raise UserError(f"{path} holds no tensors that can be read: {reason}") from error
     if not isinstance(loaded, Mapping) or not all(map(torch.is_tensor, loaded.values())):
-        raise ValueError(f"{path} is no state dict: expected names and tensors")
+        raise UserError(f"{path} is no state dict: expected names and tensors")
     to_numpy = lambda x: (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy()
     return {name: to_numpy(x) for name, x in loaded.items()}
 
@@ -167,7 +171,7 @@ def _converted(
         values = tensors.read_json(source / "config.json")
         if values.get("model_type") != "clip":
             kind = values.get("model_type")
-            raise ValueError(f"{source}/config.json: model_type is {kind!r}, expected 'clip'")
+            raise UserError(f"{source}/config.json: model_type is {kind!r}, expected 'clip'")
         # By transformers, because what a config leaves out are the defaults of transformers.
         config = clip.CLIPConfig.from_json(transformers.CLIPConfig.from_dict(values).to_dict())
         return _matched(state, clip.clip_param_shapes(config), as_it_is), config.to_json()
@@ -176,13 +180,13 @@ def _converted(
         return _matched(state, inception.param_shapes(), as_it_is), values
     if "features.0.weight" in state:
         if "lin0.model.1.weight" not in state:
-            raise ValueError(
+            raise UserError(
                 f"{source} has no linear layers of LPIPS: give weights/v0.1/alex.pth of the lpips"
                 " package as --linear"
             )
         return _matched(state, lpips.param_shapes(), as_it_is), {"model_type": "lpips_0.1_alex"}
     if not {"visual.class_embedding", "token_embedding.weight"} <= state.keys():
-        raise ValueError(
+        raise UserError(
             f"{source} is no Inception v3 of 2015-12-05, no AlexNet of torchvision, and no CLIP of "
             "OpenAI or open_clip with a vision transformer; it holds "
             f"{', '.join(sorted(state)[:5])}, ..."
@@ -190,7 +194,7 @@ def _converted(
     if any(name in state for name in clip_files.ONLY_OPENAI):
         activation = activation or "quick_gelu"
     if activation is None:
-        raise ValueError("a state dict does not say its --activation: see --help")
+        raise UserError("a state dict does not say its --activation: see --help")
     config = clip_files.clip_config({name: x.shape for name, x in state.items()}, activation)
     return _matched(state, clip.clip_param_shapes(config), clip_files.clip_name), config.to_json()
 
@@ -218,7 +222,7 @@ def _matched(
     unexpected = sorted(name for name in state.keys() - used if not _UNUSED.fullmatch(name))
     problems += [f"unexpected {name}" for name in unexpected]
     if problems:
-        raise ValueError(f"the tensors do not fit:\n  {tensors.listing(problems)}")
+        raise UserError(f"the tensors do not fit:\n  {tensors.listing(problems)}")
     return convert.unflatten(flat, shapes)
 
 
@@ -236,3 +240,8 @@ def _write(
     new.rename(target)
     if config["model_type"] == "clip" and not any((target / name).is_file() for name in _TOKENIZER):
         print(f"{target} has no tokenizer: copy that of any other CLIP, they are the same")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed
+    main()

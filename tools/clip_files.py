@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sdprune_jax import UserError
 from sdprune_jax.commands import single_file
 from sdprune_jax.models import clip
 
@@ -50,7 +51,7 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], activation: str) -> clip.
     """
     missing = [name for name in _TELLING if name not in shapes]
     if missing:
-        raise ValueError(f"this is no CLIP with a vision transformer: missing {', '.join(missing)}")
+        raise UserError(f"this is no CLIP with a vision transformer: missing {', '.join(missing)}")
     width, _, patch, _ = shapes["visual.conv1.weight"]
     num_patches = shapes["visual.positional_embedding"][0] - 1
     side = math.isqrt(num_patches)
@@ -66,7 +67,7 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], activation: str) -> clip.
     if text_width % _HEAD_SIZE:
         problems.append(f"the heads of a text tower {text_width} wide are not known")
     if problems:
-        raise ValueError("this CLIP cannot be converted: " + "; ".join(problems))
+        raise UserError("this CLIP cannot be converted: " + "; ".join(problems))
     hidden = lambda tower: shapes[f"{tower}.resblocks.0.mlp.c_fc.weight"][0]
     vision = clip.VisionConfig(
         hidden_size=width,
