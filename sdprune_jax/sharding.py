@@ -1,5 +1,6 @@
 """The device mesh, the one sharding rule, and the start of a multi-host run."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -154,6 +155,32 @@ def of_first(find: Callable[[], Any], shape: tuple[int, ...] = ()) -> Bool[np.nd
     if jax.process_count() > 1:
         found = np.asarray(multihost_utils.broadcast_one_to_all(found))
     return found
+
+
+def shared(compute: Callable[[], Any]) -> Any:
+    """Returns what `compute` returns in the first process, in every process.
+
+    Args:
+        compute: called in the first process only; returns plain values, as JSON has them.
+
+    Raises:
+        UserError: in every process, if `compute` raises one in the first.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    value, problem = None, ""
+    if jax.process_index() == 0:
+        try:
+            value = compute()
+        except UserError as error:
+            problem = str(error)
+    text = np.frombuffer(json.dumps([value, problem]).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    sent = text if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    value, problem = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
+    if problem:
+        raise UserError(problem)
+    return value
 
 
 def wait_for_all(what: str) -> None:

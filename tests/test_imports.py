@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (
     "config models sharding",
     "files",
+    "artefacts",
     "data sites",
     "pipeline",
     "training",

@@ -104,6 +104,24 @@ def open_model(directory: str | os.PathLike[str]) -> Model:
     return Model(schedule=configs.pop("scheduler"), directory=directory, **configs)
 
 
+def files_of(directory: pathlib.Path, variant: str | None = None) -> list[pathlib.Path]:
+    """Returns the files of a diffusers directory that are read: configs, weights, tokenizer.
+
+    Raises:
+        UserError: if the weights of a component are not there.
+    """
+    paths = [directory / "model_index.json"]
+    for name in COMPONENTS:
+        weight_file = tensors.find_weights(directory / name, variant)
+        paths += [directory / name / "config.json", weight_file]
+        if weight_file.suffix == ".json":
+            shards = sorted(set(tensors.read_weight_map(weight_file).values()))
+            paths += [weight_file.parent / shard for shard in shards]
+    for name in ("scheduler", "tokenizer"):
+        paths += [p for p in sorted((directory / name).glob("*")) if p.suffix in (".json", ".txt")]
+    return paths
+
+
 def param_shapes(model: Model, component: str) -> dict[str, Any]:
     """Nested `jax.ShapeDtypeStruct`s of a component: one of `COMPONENTS`."""
     return _traced_shapes(component, getattr(model, component))

@@ -16,6 +16,7 @@ import safetensors
 from jaxtyping import Shaped
 
 from sdprune_jax import UserError
+from sdprune_jax.files import checksums
 
 FLOATS = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
 _INTEGERS = {"I64": np.int64, "I32": np.int32}
@@ -148,15 +149,13 @@ def write_file(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     sums = {}
-    with (path if jax.process_index() == 0 else pathlib.Path(os.devnull)).open("wb") as file:
+    is_writer = jax.process_index() == 0
+    with checksums.writing(path if is_writer else pathlib.Path(os.devnull)) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             data = read(name).tobytes()
             sums[name] = zlib.crc32(data)
             file.write(data)
-        file.flush()
-        if jax.process_index() == 0:
-            os.fsync(file.fileno())
     return sums
 
 
