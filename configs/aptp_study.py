@@ -9,7 +9,7 @@ Every model is fine-tuned for as many steps, as published, so eight experts for 
 in all; a single one given those, with `--config.finetune.training.num_steps=2000`, is the other
 fair comparison. The trainings are short, so that 2 cores can do them. Expected: experts are nearer
 to the dense model than any single UNet of as many steps, and `one` of 2,000 nearer than they;
-`README.md` beside this file has the figures.
+`docs/results.md` has the figures.
 
     for row in ours published one uniform random norm taylor bksdm-base; do
         python -m sdprune_jax.main --config=configs/aptp_study.py:$row

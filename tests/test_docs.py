@@ -1,0 +1,108 @@
+"""The documents: what they link to and name exists, and the Python in them runs."""
+
+import dataclasses
+import pathlib
+import re
+import typing
+
+import pytest
+from absl import flags
+
+from sdprune_jax import config
+from sdprune_jax.commands.__main__ import COMMANDS
+from sdprune_jax.config import command_line
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/README.md")
+    ),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+RUN = [page for page in PAGES if page.parent.name == "docs" or page.name == "README.md"]
+
+_FOLDERS = "configs|docs|notebooks|sdprune_jax|tests|tools"
+_PLACEHOLDER = re.compile(r"\b(NAME|TASK|METHOD)\b")
+
+
+def _name(page: pathlib.Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def _joined(page: pathlib.Path) -> str:
+    """The text of a page, commands over several lines as one."""
+    return page.read_text().replace("\\\n", " ")
+
+
+def _blocks(page: pathlib.Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def _anchors(page: pathlib.Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), f"{_name(page)} links to {target}"
+        assert not anchor or anchor in _anchors(linked), f"{_name(page)} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_paths_exist(page):
+    text = page.read_text().partition("### Removed")[0]  # of the changes
+    for path in re.findall(rf"(?<![\w./-])(?:{_FOLDERS})/[\w./*-]*[\w/*]", text):
+        if not _PLACEHOLDER.search(path):
+            assert any(ROOT.glob(path.rstrip("/"))), f"{_name(page)} names {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_commands_can_be_given(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = re.sub(r":\$\w+", ":ours", _joined(page))
+    for line in re.findall(r"--config=configs/[^`\n]*", text):
+        if not _PLACEHOLDER.search(line.split()[0]):
+            words = [word for word in line.replace('"', "").split() if word.startswith("--config")]
+            command_line.parse(["main", *words], flags.FlagValues())
+    for key in re.findall(r"--config\.([a-z_.]+[a-z_])", text):
+        assert _is_field(key), f"{_name(page)} sets config.{key}"
+    for name in re.findall(
+        r"(?:`|^ +|\$ )(?:sdprune|python -m sdprune_jax\.commands) ([a-z-]+)", text
+    ):
+        assert name in COMMANDS, f"{_name(page)} runs sdprune {name}"
+
+
+def _is_field(key: str) -> bool:
+    section: typing.Any = config.Run
+    for word in key.split("."):
+        types = {field.name: field.type for field in dataclasses.fields(section or config.Mesh)}
+        if section is None or word not in types:
+            return False
+        options = typing.get_args(types[word]) or (types[word],)
+        section = next((t for t in options if dataclasses.is_dataclass(t)), None)
+    return True
+
+
+def test_every_config_and_command_is_in_the_documents():
+    text = "".join(map(_joined, PAGES))
+    missing = [path.name for path in (ROOT / "configs").glob("*.py") if path.name not in text]
+    missing += [name for name in COMMANDS if f"sdprune {name}" not in text]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in RUN], ids=_name)
+def test_python_is_python(page):
+    for block in _blocks(page):
+        compile(block, _name(page), "exec")
