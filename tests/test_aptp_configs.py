@@ -9,7 +9,7 @@ import pytest
 from sdprune_jax import config
 from sdprune_jax.config import checks, command_line
 from sdprune_jax.models import clip, noise_schedule, unet, vae
-from sdprune_jax.stages import plan
+from sdprune_jax.stages import cost_card
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 ROWS = (
@@ -52,7 +52,7 @@ def test_published_configs_are_planned_for_sixteen_devices(name, stable_diffusio
     run = command_line.load(f"{CONFIGS}/aptp_{name}.py")
     checks.check(run)
     run.model = stable_diffusion
-    card = plan.card(run, 16)
+    card = cost_card.card(run, 16)
     assert f"router, assign, materialise, finetune, evaluate, report to runs/aptp_{name}" in card
     assert f"evaluate: aptp-{name}, {14_000 if name == 'cc3m' else 30_000:,} images" in card
     # Of 90.5 GMACs: the teacher, and the student forward, forward again, and back.
@@ -87,7 +87,7 @@ def test_tiny_ones_need_no_data_but_ours(name):
         captions_per_image=1,
     )  # fmt: skip
     assert run.evaluate.protocol == "embedded"
-    assert "routed" in plan.card(run, 8)
+    assert "routed" in cost_card.card(run, 8)
 
 
 def test_rows_of_the_study_differ_in_their_architectures_alone():

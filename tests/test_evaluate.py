@@ -11,7 +11,7 @@ from PIL import Image
 
 from sdprune_jax import config, pipeline, sharding
 from sdprune_jax.data import tokenizer
-from sdprune_jax.evaluate import images, needs, networks, scores, task
+from sdprune_jax.evaluate import images, measuring, needs, networks, scores, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Metric
 from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import clip_score, embedded
@@ -89,7 +89,7 @@ def test_files_of_the_sd2_pruning_paper_are_jpegs_of_299_pixels():
     small = Image.fromarray(image).resize((299, 299), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     small.save(file, "jpeg")  # Pillow's own quality, which the authors used
-    got = evaluate._real(lambda _: image, protocol, 0)
+    got = measuring._real(lambda _: image, protocol, 0)
     np.testing.assert_array_equal(got, np.asarray(Image.open(file)))
 
 
@@ -227,7 +227,7 @@ def test_clip_score_is_that_of_transformers(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 40, 3)).astype(np.uint8)
     prompts = ["a flat emoji of red apple", "cat", "a blue house, with a long red roof"]
 
-    resized = np.stack([evaluate._resized(image, "clip", 32) for image in pixels])
+    resized = np.stack([measuring._resized(image, "clip", 32) for image in pixels])
     embedded_images = np.asarray(network.embed(network.params, jnp.asarray(resized)))
     got = clip_score.cosines(embedded_images, network.embed_texts(prompts))
 

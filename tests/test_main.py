@@ -15,7 +15,8 @@ from absl import flags
 
 from sdprune_jax import config, main
 from sdprune_jax.config import command_line
-from sdprune_jax.stages import plan
+from sdprune_jax.files import lock
+from sdprune_jax.stages import cost_card
 
 SOURCE = """
 from sdprune_jax import config
@@ -127,9 +128,9 @@ def test_only_the_stages_that_are_set_run_in_order(file, monkeypatch):
             calls.append(name)
             return pathlib.Path(name)
 
-        monkeypatch.setitem(
-            sys.modules, f"sdprune_jax.stages.{name}", types.SimpleNamespace(run=stage)
-        )
+        module = types.ModuleType(name)
+        module.check, module.run = lambda *_: None, stage
+        monkeypatch.setitem(sys.modules, f"sdprune_jax.stages.{name}", module)
 
     for name in ("pretrain", "prune", "generate", "report"):
         stub(name)
@@ -162,28 +163,28 @@ def test_workdir_that_cannot_be_written_is_refused(file):
     for path in (file / "below", file.with_name(256 * "x")):  # of too many letters
         with pytest.raises(ValueError, match=re.escape("--config.workdir=DIRECTORY")):
             main.save(config.Run(workdir=str(path)))
-        with pytest.raises(ValueError, match="cannot be written"), main.alone(str(path)):
+        with pytest.raises(ValueError, match="cannot be written"), lock.alone(str(path)):
             pytest.fail("let in")
 
 
 def test_second_run_in_a_directory_is_refused_while_the_first_lives(tmp_path):
-    with main.alone(str(tmp_path / "work")):
+    with lock.alone(str(tmp_path / "work")):
         again = pytest.raises(ValueError, match=rf"another run .*: process {os.getpid()} on .*lock")
-        with again, main.alone(str(tmp_path / "work")):
+        with again, lock.alone(str(tmp_path / "work")):
             pytest.fail("let in")
-    lock = tmp_path / "work" / "lock"
+    taken = tmp_path / "work" / "lock"
     source = (
         "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True); input()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", source, str(lock)], **pipes) as other:
+    with subprocess.Popen([sys.executable, "-c", source, str(taken)], **pipes) as other:
         other.stdout.readline()
-        with pytest.raises(ValueError, match="another run"), main.alone(str(tmp_path / "work")):
+        with pytest.raises(ValueError, match="another run"), lock.alone(str(tmp_path / "work")):
             pytest.fail("let in")
         other.kill()
-    with main.alone(str(tmp_path / "work")):
-        assert lock.read_text().startswith(f"process {os.getpid()} on ")
-    with pytest.raises(ValueError, match=r"work/lock'.*cannot be written"), main.alone(str(lock)):
+    with lock.alone(str(tmp_path / "work")):
+        assert taken.read_text().startswith(f"process {os.getpid()} on ")
+    with pytest.raises(ValueError, match=r"work/lock'.*cannot be written"), lock.alone(str(taken)):
         pytest.fail("let in")
 
 
@@ -238,7 +239,9 @@ def test_program_says_one_message_and_writes_nothing(file):
 
 
 def test_dry_run_prints_a_card_and_writes_nothing(file, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "card", lambda run, num_devices: f"{run.workdir} on {num_devices}")
+    monkeypatch.setattr(
+        cost_card, "card", lambda run, num_devices: f"{run.workdir} on {num_devices}"
+    )
     main.main(_parse(f"--config={file}", "--dry_run"))
     assert capsys.readouterr().out == f"{file.with_name('work')} on 8\n"
     assert not _written_beside(file)

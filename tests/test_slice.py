@@ -17,8 +17,8 @@ from sdprune_jax.files import convert, model_directory
 from sdprune_jax.models import unet
 from sdprune_jax.scoring import gradients
 from sdprune_jax.sites import macs
-from sdprune_jax.slicing import bksdm, operators, structured
-from sdprune_jax.stages import finetune, plan, slice
+from sdprune_jax.slicing import bksdm, criteria, operators, structured
+from sdprune_jax.stages import cost_card, finetune, slice
 
 MESH = aptp_model.MESH
 
@@ -246,9 +246,9 @@ def test_budget_out_of_reach_is_refused_with_what_can_be(model, tmp_path):
 
 def test_card_says_what_is_cut(model, tmp_path):
     run = _run(model, tmp_path)
-    assert "slice: norm, to 75.0% of the UNet's MACs" in plan.card(run, 8)
+    assert "slice: norm, to 75.0% of the UNet's MACs" in cost_card.card(run, 8)
     run.slice.criterion = "bksdm-tiny"
-    assert "slice: bksdm-tiny, to a fixed list of blocks" in plan.card(run, 8)
+    assert "slice: bksdm-tiny, to a fixed list of blocks" in cost_card.card(run, 8)
 
 
 def test_experts_of_one_run_come_from_one_stage(model, tmp_path):
@@ -257,5 +257,5 @@ def test_experts_of_one_run_come_from_one_stage(model, tmp_path):
     with pytest.raises(ValueError, match=re.escape("would both write the run's experts")):
         checks.check(run)
     assert set(config.Slice.__dataclass_fields__["criterion"].metadata["legal"]) == set(
-        slice._CRITERIA
+        criteria.CRITERIA
     )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_plan
+import test_cost_card
 from jax.sharding import Mesh
 
 from sdprune_jax import config, pipeline, sharding, sites
@@ -20,7 +20,7 @@ from sdprune_jax.evaluate import measuring, networks, task
 from sdprune_jax.files import convert, model_directory
 from sdprune_jax.scoring import calibration
 from sdprune_jax.scoring.recorder import LayerStats
-from sdprune_jax.stages import plan, sweep
+from sdprune_jax.stages import cost_card, sweep
 from sdprune_jax.stages import prune as pruning
 from sdprune_jax.sweep import points, trial
 
@@ -393,10 +393,10 @@ _PUBLISHED = {
 
 
 def test_dry_run_lists_the_paper_with_nominal_and_true_sparsity(tmp_path):
-    directory = test_plan._write(tmp_path, test_plan.STABLE_DIFFUSION_2)
+    directory = test_cost_card._write(tmp_path, test_cost_card.STABLE_DIFFUSION_2)
     words = [f"--config={_PAPER}", f"--config.model={directory}", "--config.sweep.num_seeds=2"]
     asked = command_line.parse(["main", *words], command_line.flags.FlagValues()).run
-    card = plan.card(asked, 1)
+    card = cost_card.card(asked, 1)
     table = next(part for part in card.split("\n\n") if part.startswith("sweep"))
     rows = [re.split(r"  +", line) for line in table.splitlines()]
     assert len(rows) == 1 + 99

@@ -37,7 +37,8 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
     source, target = source.absolute(), target.absolute()
     known = _read(source, _signature(source))
     os.replace(source, target)
-    _entry(source).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        _entry(source).unlink()
     if known:
         _keep(target, _signature(target), known)
 

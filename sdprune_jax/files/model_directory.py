@@ -137,6 +137,11 @@ def _traced_shapes(component: str, config: Any) -> dict[str, Any]:
     return shapes[component](config)
 
 
+def check_weights(model: Model, component: str, variant: str | None = None) -> None:
+    """Checks that the weights of a component are there and fit its config; none is read."""
+    weights.check_params(model.directory / component, param_shapes(model, component), variant)
+
+
 def load(
     model: Model,
     component: str,

@@ -66,6 +66,17 @@ def load_params(
     return convert.unflatten(flat, shapes)
 
 
+def check_params(
+    directory: str | os.PathLike[str], shapes: Mapping[str, Any], variant: str | None = None
+) -> None:
+    """Checks names, shapes and dtypes of the parameters of a component; reads no parameter.
+
+    Raises:
+        UserError: as `load_params`, but for values that are not finite.
+    """
+    _match(tensors.open_tensors(directory, variant), convert.flatten(shapes), directory)
+
+
 def save_params(
     directory: str | os.PathLike[str],
     params: Mapping[str, Any],

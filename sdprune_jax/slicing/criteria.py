@@ -129,6 +129,28 @@ def _bksdm(task: Task) -> Made:
     return Made(*bksdm.cut(task.dense, task.model.unet, size), {})
 
 
+def check(section: config.Slice, model: model_directory.Model, latent_size: int) -> None:
+    """Checks before any score is computed that a UNet can be cut to its budget.
+
+    Raises:
+        UserError: naming the least share of MACs that the criterion can keep, or why BK-SDM has no
+            student of this UNet.
+    """
+    if section.criterion.startswith("bksdm-"):
+        bksdm.student(model.unet, section.criterion.removeprefix("bksdm-"))
+        return
+    size = (section.latent_size or latent_size,) * 2
+    by_operator = section.criterion == "operators"
+    count = macs.by_operator if by_operator else macs.by_site
+    tokens = model.text_encoder.max_position_embeddings
+    costs = count(model.unet, size, tokens, section.mac_counter)
+    kinds = ("heads", "ff") if section.criterion == "obs" else structured.WIDTH
+    scores = structured.uniform(model.unet, 0, kinds)
+    if by_operator:
+        scores = {site.name: np.zeros(1) for site in sites.operators(model.unet)}
+    structured.within_budget(scores, costs, section.macs_budget, keep_one=not by_operator)
+
+
 CRITERIA: Mapping[str, Callable[[Task], Made]] = {
     "uniform": _uniform,
     "random": _random,

@@ -11,12 +11,13 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from sdprune_jax import UserError, config, sites
+from sdprune_jax import UserError, artefacts, config, sites
 from sdprune_jax.aptp import assignment, balance, expert_files, gates, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
 from sdprune_jax.data import cache, emoji, pictures
 from sdprune_jax.files import model_directory
 from sdprune_jax.sites import macs
+from sdprune_jax.stages import cost_card
 from sdprune_jax.training import encoded
 
 _TOLERANCE = 0.02  # of the budget, beyond which a warning is due
@@ -149,3 +150,21 @@ def _kept(
 ) -> Float[np.ndarray, " k"]:
     """The share of all MACs that each expert keeps."""
     return np.asarray(router_training.kept_shares(jnp.asarray(keep, jnp.float32), layout, costs))
+
+
+def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001
+    """Checks that there is, or will be, a router, and stored gates if they are asked for."""
+    assert run.assign is not None
+    output = artefacts.output_of("router", run.workdir)
+    if not run.router and not output.record.is_file():
+        raise UserError(
+            f"{output.directory} has no finished router: train one first, with"
+            " --config.router=build"
+        )
+    if run.assign.final_codes == "stored":
+        _stored_gates(output.directory, run.assign.fit_budget)
+
+
+def plan(run: config.Run, planned: cost_card.Planned) -> str:  # noqa: ARG001
+    """Returns nothing: it costs little beside the other stages."""
+    return ""

@@ -21,6 +21,8 @@ from sdprune_jax.data import cache
 from sdprune_jax.evaluate import images, measuring, needs, networks, scores, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
 from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.models import samplers
+from sdprune_jax.stages import cost_card, inputs
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -136,3 +138,25 @@ def _render(
                 prompts, index, size=size, seed=run.seed, batch_size=run.evaluate.batch_size,
                 guidance_scale=protocol.guidance_scale, negative_prompt="",
             )  # fmt: skip
+
+
+def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001
+    """Checks the model, the data, the networks, the size of the pictures, and the sampler."""
+    assert run.evaluate is not None
+    model, protocol = inputs.check_model(run), PROTOCOLS[run.evaluate.protocol]
+    needs.check(
+        run.evaluate, protocol.generate_size or model.unet.sample_size * model.vae.downscale
+    )
+    samplers.timetable(model.schedule, protocol.sampler, protocol.num_steps)
+
+
+def plan(run: config.Run, planned: cost_card.Planned) -> str:  # noqa: ARG001
+    """Returns the protocol and how many pictures it draws."""
+    assert run.evaluate is not None
+    protocol = PROTOCOLS[run.evaluate.protocol]
+    count = run.evaluate.num_images or protocol.num_images
+    return (
+        f"evaluate: {protocol.name}, {count:,} images of {cost_card.models_of(run)},"
+        f" {protocol.num_steps} steps, guidance {protocol.guidance_scale:g}:"
+        f" {', '.join(m.name for m in protocol.metrics)}"
+    )

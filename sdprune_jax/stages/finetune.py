@@ -17,6 +17,7 @@ from sdprune_jax import UserError, config, sharding
 from sdprune_jax.aptp import expert_files
 from sdprune_jax.data import cache, pictures
 from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.stages import cost_card, inputs
 from sdprune_jax.training import distillation, encoded, loop, settings_file
 
 _NUM_EVALUATED = 8  # batches of unseen prompts
@@ -169,3 +170,40 @@ def _partial(output: pathlib.Path, made_from: str) -> pathlib.Path:
         partial.mkdir(parents=True)
         tensors.write_json(record, {"made_from": made_from})
     return partial
+
+
+def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001
+    """Checks the model, and that there are, or will be, experts."""
+    inputs.check_model(run)
+    if not (run.materialise or run.slice):
+        expert_files.read(pathlib.Path(run.workdir))
+
+
+def plan(run: config.Run, planned: cost_card.Planned) -> str:
+    """Returns the steps of each expert; one is a pass of the teacher, and three of the expert.
+
+    What the run does not make now, it has made before: its experts are looked up.
+    """
+    section, made_by = run.finetune, run.router or run.slice
+    assert section is not None
+    training, shapes, mesh = section.training, planned.shapes["unet"], planned.mesh
+    if made_by:
+        data, shares = made_by.data, [made_by.macs_budget]
+        count = run.router.num_codes if run.router else 1
+    else:
+        cut = expert_files.record(pathlib.Path(run.workdir))
+        data = config.RouterData(**cut.get("data", {}))
+        shares = [row["share_of_macs"] for row in cut.get("experts", ())] or [1.0]
+        count = len(shares)
+    unet_macs = cost_card.unet_macs(planned, pictures.size(data))
+    work = training.batch_size * unet_macs * (1 + (3 + section.remat) * float(np.mean(shares)))
+    optimizer = distillation.make_optimizer(section)
+    state = jax.eval_shape(lambda params: loop.init_state(params, optimizer), shapes)
+    frozen, own = (
+        cost_card.in_bytes(cost_card.bytes_a_device(tree, mesh)) for tree in (shapes, state)
+    )
+    return (
+        f"finetune: experts {count}, each {training.num_steps:,} steps of"
+        f" {training.batch_size:,} prompts, about {work / 1e12:,.3g} TMACs each; a device holds"
+        f" {frozen} of teacher and at most {own} of state"
+    )

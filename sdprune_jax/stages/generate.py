@@ -23,6 +23,8 @@ from sdprune_jax.aptp import routed
 from sdprune_jax.data import cache, captions, emoji, tokenizer
 from sdprune_jax.files import model_directory, tensors
 from sdprune_jax.metrics import embedded, paired
+from sdprune_jax.models import samplers
+from sdprune_jax.stages import cost_card, inputs
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -189,3 +191,20 @@ def _scores(
     found = scorer.recall(images / np.float32(127.5) - 1, concept, style)
     scores = {f"clip_embedded_{name}": float(hits.mean()) for name, hits in found.items()}
     return {"scores": scores | {"num": len(images)}, "found": found["r_at_10"].tolist()}
+
+
+def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001
+    """Checks the model, the prompts, the size of the pictures, and the sampler."""
+    section = run.generate
+    assert section is not None
+    model = inputs.check_model(run)
+    _prompts(section, run.seed)
+    _size(section, model)
+    samplers.timetable(model.schedule, section.sampler, section.num_steps)
+
+
+def plan(run: config.Run, planned: cost_card.Planned) -> str:  # noqa: ARG001
+    """Returns how many pictures are drawn."""
+    assert run.generate is not None
+    batch, count = run.generate.batch_size, run.generate.num_prompts
+    return f"generate: {count:,} prompts, {batch} at once, {cost_card.models_of(run)}"

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sdprune_jax import config, sites
+from sdprune_jax import UserError, artefacts, config, sites
 from sdprune_jax.aptp import assignment, expert_files, router_training
 from sdprune_jax.aptp.layout import layout_of, to_architecture
 from sdprune_jax.data import cache, emoji
 from sdprune_jax.files import model_directory
 from sdprune_jax.sites import zero_padding
+from sdprune_jax.stages import cost_card, inputs
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -61,3 +62,18 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     rows = {split: np.load(work / "assign" / f"experts_{split}.npy") for split in emoji.SPLITS}
     record = {"made_from": made_from, "assignment": assigned["made_from"]}
     return expert_files.write(run, model, dense, cuts(), purpose, rows, section.save_dtype, record)
+
+
+def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001
+    """Checks the model, and that there is, or will be, an assignment of prompts."""
+    inputs.check_model(run, reads_texts=False)
+    output = artefacts.output_of("assign", run.workdir)
+    if not run.assign and not output.record.is_file():
+        raise UserError(
+            f"{output.directory} has no assignment of prompts: make one with --config.assign=build"
+        )
+
+
+def plan(run: config.Run, planned: cost_card.Planned) -> str:  # noqa: ARG001
+    """Returns nothing: it costs little beside the other stages."""
+    return ""

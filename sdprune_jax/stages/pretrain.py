@@ -16,8 +16,10 @@ from jax.sharding import Mesh
 from sdprune_jax import config, sharding
 from sdprune_jax.data import cache, captions, emoji, tokenizer
 from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.models import clip
 from sdprune_jax.pretrain import autoencoder, contrastive, denoiser, soup
-from sdprune_jax.training import settings_file
+from sdprune_jax.stages import cost_card
+from sdprune_jax.training import loop, settings_file
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -96,3 +98,53 @@ def _tokenizer(
         tokenizer.train(texts, directory, section.vocab_size, section.max_length)
     sharding.wait_for_all(directory.name)
     return tokenizer.load(directory)
+
+
+def check(run: config.Run, num_devices: int) -> None:
+    """Checks nothing more than the config: the data is in the package."""
+
+
+def plan(run: config.Run, planned: cost_card.Planned) -> str:
+    """Returns the trainings; a state is parameters, their average, and two moments, in float32."""
+    section, shapes, mesh = run.pretrain, planned.shapes, planned.mesh
+    assert section is not None
+    clip_config = contrastive.configure(section.clip, section.clip.vocab_size)
+    shapes = shapes | {"clip": clip.clip_param_shapes(clip_config)}  # text encoder and more
+    rows: list[cost_card.Row] = [("pretrain", "parameters", "steps", "batch", "state a device")]
+    for name in ("clip", "vae", "unet"):
+        training, tree = getattr(section, name).training, shapes[name]
+        optimizer = loop.adamw(
+            training.learning_rate,
+            training.warmup_steps,
+            training.num_steps,
+            training.weight_decay,
+            training.clip_norm,
+        )
+        state = jax.eval_shape(lambda params, o=optimizer: loop.init_state(params, o), tree)
+        counts = (cost_card.num_parameters(tree), training.num_steps, training.batch_size)
+        rows.append(
+            (
+                name,
+                *(f"{n:,}" for n in counts),
+                cost_card.in_bytes(cost_card.bytes_a_device(state, mesh)),
+            )
+        )
+    return cost_card.aligned(rows)
+
+
+def planned_model(run: config.Run) -> model_directory.Model:
+    """Returns the configs of the model that will be made, its vocabulary at its largest."""
+    section = run.pretrain
+    assert section is not None
+    from sdprune_jax.pretrain import (
+        autoencoder,  # seconds: data libraries
+        contrastive,
+        denoiser,
+    )
+
+    clip_config = contrastive.configure(section.clip, section.clip.vocab_size)
+    text_config, _ = contrastive.text_encoder(clip_config, {"text_model": {}})
+    vae_config = autoencoder.configure(section.vae)
+    unet_config = denoiser.configure(section.unet, vae_config, text_config)
+    directory = pathlib.Path(run.workdir) / "model"
+    return model_directory.Model(text_config, unet_config, vae_config, denoiser.SCHEDULE, directory)

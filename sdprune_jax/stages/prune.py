@@ -16,6 +16,7 @@ from sdprune_jax.data import cache, captions
 from sdprune_jax.files import convert, model_directory, tensors
 from sdprune_jax.pruning import component, methods, record, request
 from sdprune_jax.scoring.calibration import Calibration
+from sdprune_jax.stages import cost_card, inputs
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -117,3 +118,60 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
 def _num_parameters(shapes: Any) -> int:
     return sum(leaf.size for leaf in convert.flatten(shapes).values())
+
+
+def check(run: config.Run, num_devices: int) -> None:
+    """Checks the model, the layers that each section names, prompts, batches and the sampler."""
+    assert run.prune is not None
+    sections = {name: getattr(run.prune, name) for name in ("text_encoder", "unet")}
+    calibrated = [
+        name for name, part in sections.items() if part and methods.STATISTIC[part.method]
+    ]
+    model, problems = inputs.check_model(run, reads_texts=bool(calibrated)), []
+    for name, section in sections.items():
+        if section:
+            shapes = model_directory.param_shapes(model, name)
+            leaves = convert.flatten(shapes)
+            layers = sites.prunable(shapes, name, section.scope)
+            try:
+                request.check({path: leaves[path] for path in layers}, section)
+                if name in calibrated:
+                    key = "prune.calibration"
+                    inputs.check_calibration(run.prune.calibration, model, num_devices, key)
+            except UserError as error:
+                problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def plan(run: config.Run, planned: cost_card.Planned) -> str:
+    """Returns the four sparsities that papers mix up, by component and together.
+
+    The first, as requested, weighs components by all of their parameters.
+    """
+    assert run.prune is not None
+    parts = {name: getattr(run.prune, name, None) for name in model_directory.COMPONENTS}
+    pipeline, sums, rows = cost_card.num_parameters(planned.shapes), np.zeros(4), []
+    for name, part in parts.items():
+        if part is None:
+            continue
+        count, sizes = (
+            cost_card.num_parameters(planned.shapes[name]),
+            cost_card.prunable_sizes(planned.shapes[name], name, part.scope),
+        )
+        removed = request.num_removed(sizes, part)
+        found = np.array([part.sparsity * count, removed, sum(sizes.values()), count])
+        rule = f"{len(sizes)} {part.scope} layers, {part.threshold}"
+        rows.append((name, rule, *_sparsities(found, pipeline)))
+        sums += found
+    if not rows:
+        raise UserError("config.prune has no component: set config.prune.unet or text_encoder")
+    rows.append(("together", "", *_sparsities(sums, pipeline)))
+    heads = ("requested", "zeros", "of prunable", "of component", "of pipeline")
+    return cost_card.aligned([("prune", "", *heads), *rows])
+
+
+def _sparsities(found: Any, pipeline: int) -> list[str]:
+    requested, zeros, prunable, component = found
+    shares = (zeros / prunable, zeros / component, zeros / pipeline)
+    return [f"{requested / component:.2%}", f"{int(zeros):,}", *(f"{x:.2%}" for x in shares)]

@@ -16,6 +16,7 @@ from sdprune_jax.aptp import codebook, router, router_training
 from sdprune_jax.aptp.layout import layout_of
 from sdprune_jax.data import cache, pictures
 from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.stages import cost_card, inputs
 from sdprune_jax.training import encoded, loop, settings_file
 
 _NUM_SEEDING = 1024  # prompts that the codes are seeded from
@@ -112,3 +113,33 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         tensors.write_json(record, values)
     sharding.wait_for_all(record.name)
     return output
+
+
+def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001
+    """Checks the model, the data, the encoder of prompts, and that the budget is in reach."""
+    section = run.router
+    assert section is not None
+    model = inputs.check_model(run)
+    for split in ("train", "val"):
+        pictures.load(section.data, split)
+    encoded.encoder_of(section.data, model)
+    layout = layout_of(sites.table(model.unet))
+    latent = section.latent_size or pictures.size(section.data) // model.vae.downscale
+    router_training.check(section, model, layout, (latent, latent))
+
+
+def plan(run: config.Run, planned: cost_card.Planned) -> str:
+    """Returns the steps; each is a pass of the teacher, and two of the student and one back.
+
+    The router's weights are none of the student's, whose own have no gradient.
+    """
+    section = run.router
+    assert section is not None
+    unet_macs = cost_card.unet_macs(planned, pictures.size(section.data))
+    work = section.batch_size * unet_macs * (3 + section.remat)
+    frozen = cost_card.in_bytes(cost_card.bytes_a_device(planned.shapes["unet"], planned.mesh))
+    return (
+        f"router: {section.num_codes} codes at {section.macs_budget:.1%} of the UNet's MACs;"
+        f" {section.num_steps:,} steps of {section.batch_size:,} prompts, {work / 1e12:,.3g} TMACs"
+        f" each; {frozen} of frozen UNet a device"
+    )

@@ -17,6 +17,7 @@ from sdprune_jax.aptp import expert_files
 from sdprune_jax.data import cache, captions, emoji, pictures
 from sdprune_jax.files import model_directory
 from sdprune_jax.slicing import criteria
+from sdprune_jax.stages import cost_card, inputs
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -61,3 +62,22 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     output = expert_files.write(run, model, dense, [cut], purpose, rows, section.save_dtype, record)
     logging.info("%s: one UNet for all prompts, by %s", output, section.criterion)
     return output
+
+
+def check(run: config.Run, num_devices: int) -> None:
+    """Checks the model, the data, the calibration if it is read, and the budget."""
+    section = run.slice
+    assert section is not None
+    model = inputs.check_model(run)
+    pictures.load(section.data, "train")
+    criteria.check(section, model, pictures.size(section.data) // model.vae.downscale)
+    if section.criterion in ("taylor", "diff-pruning", "obs", "operators"):
+        inputs.check_calibration(section.calibration, model, num_devices, "slice.calibration")
+
+
+def plan(run: config.Run, planned: cost_card.Planned) -> str:  # noqa: ARG001
+    """Returns the criterion and what it shall leave."""
+    assert run.slice is not None
+    share = f"{run.slice.macs_budget:.1%} of the UNet's MACs"
+    is_fixed = run.slice.criterion.startswith("bksdm-")
+    return f"slice: {run.slice.criterion}, to {'a fixed list of blocks' if is_fixed else share}"

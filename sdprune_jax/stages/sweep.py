@@ -21,7 +21,9 @@ from sdprune_jax.data import cache, captions
 from sdprune_jax.evaluate import needs, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
 from sdprune_jax.files import convert, model_directory, tensors
+from sdprune_jax.models import samplers
 from sdprune_jax.pruning import request
+from sdprune_jax.stages import cost_card, inputs
 from sdprune_jax.sweep import cliff, points, trial
 
 _KINDS = ("fid", "clip_score", "recall")  # of metrics; the others say the same at more cost
@@ -222,3 +224,45 @@ def _write(file: pathlib.Path, values: dict[str, Any]) -> None:
     if jax.process_index() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors.write_json(file, values)
+
+
+def check(run: config.Run, num_devices: int) -> None:
+    """Checks the model, every point, the data, the networks, the calibration, and the sampler."""
+    section = run.sweep
+    assert section is not None
+    model, protocol = inputs.check_model(run), _protocol(section)
+    edge = protocol.generate_size or model.unet.sample_size * model.vae.downscale
+    _refuse(section, model, protocol, edge)
+    samplers.timetable(model.schedule, protocol.sampler, protocol.num_steps)
+    inputs.check_calibration(section.calibration, model, num_devices, "sweep.calibration")
+
+
+def plan(run: config.Run, planned: cost_card.Planned) -> str:
+    """Returns every point with the sparsity that papers state and the one that there is."""
+    section, shapes = run.sweep, planned.shapes
+    assert section is not None
+    rows: list[cost_card.Row] = [("sweep", *points.COMPONENTS, "nominal", "true", "zeros")]
+    for i, point in enumerate(section.points):
+        parts = points.sections(point)
+        words = [
+            f"{parts[name].sparsity:g} {points.method(parts[name])}" if name in parts else "dense"
+            for name in points.COMPONENTS
+        ]
+        found = points.expected(point, shapes)
+        sizes = (f"{found.nominal:.2%}", f"{found.true:.2%}", f"{found.zeros:,}")
+        rows.append((str(i + 1), *words, *sizes))
+    protocol = PROTOCOLS[section.measure.protocol]
+    count = section.measure.num_images or protocol.num_images
+    steps = section.num_steps or protocol.num_steps
+    cliffs = len(list(points.series(section.points))) if section.cliff else 0
+    total = count * section.num_seeds * (len(section.points) + 1)
+    return "\n\n".join(
+        [
+            cost_card.aligned(rows),
+            "shares are of the text encoder and the UNet together: nominal as asked of all their"
+            " parameters, true those that are zero\n"
+            f"{protocol.name}: {len(section.points)} points and dense, {count:,} images,"
+            f" {section.num_seeds} seeds, {steps} steps: {total:,} images in all"
+            + (f", and those that bisect {cliffs} cliffs by 2 figures" if cliffs else ""),
+        ]
+    )

@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import jax
 
-from sdprune_jax import config, main
+from sdprune_jax import config, main, sharding
 from sdprune_jax.evaluate import protocols
 from sdprune_jax.files import tensors
 
@@ -41,7 +41,7 @@ if __name__ == "__main__":
     parser.add_argument("--num_images", type=int, default=2000)
     asked = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)
-    main.keep_freed_memory()
+    sharding.keep_freed_memory()
     for guidance in asked.guidance:
         found = measure(asked.model, guidance, asked.num_images)
         print(

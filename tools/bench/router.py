@@ -27,7 +27,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.nn import functional
 
-from sdprune_jax import config, main, sites
+from sdprune_jax import config, sharding, sites
 from sdprune_jax.aptp import codebook, gates, losses, router, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
 from sdprune_jax.files import convert, model_directory
@@ -59,7 +59,7 @@ def run() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
-    main.keep_freed_memory()
+    sharding.keep_freed_memory()
     case = _case(args.model, args.batch)
     ours, theirs = _ours(case, args.dtype), _theirs(case, args.dtype)
     found = {"ours": ours(), "torch": theirs()}  # compiles; the same noise on both sides

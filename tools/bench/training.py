@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdprune_jax import main, pipeline, sharding
+from sdprune_jax import pipeline, sharding
 from sdprune_jax.data import tokenizer
 from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import embedded
@@ -30,7 +30,7 @@ from sdprune_jax.models import clip, unet, vae
 
 
 def run() -> None:
-    main.keep_freed_memory()
+    sharding.keep_freed_memory()
     peak, copy = _machine()
     print(f"matrix product {peak:.0f} GFLOP/s, copy {copy:.1f} GB/s read and written")
     directory = model_directory.directory_of("embedded")

@@ -7,7 +7,7 @@ import pytest
 
 from sdprune_jax import config
 from sdprune_jax.models import clip, noise_schedule, unet, vae
-from sdprune_jax.stages import plan
+from sdprune_jax.stages import cost_card
 
 TINY = {
     "text_encoder": clip.TextConfig(60, 24, 40, 2, 4, max_position_embeddings=11),
@@ -62,7 +62,7 @@ def test_card_of_the_recommended_point(tmp_path):
         prune=config.Prune(config.PruneComponent(0.475), config.PruneComponent(0.35)),
         generate=config.Generate(num_steps=50, batch_size=64),
     )
-    card = plan.card(run, 64)
+    card = cost_card.card(run, 64)
     assert "prune, generate to runs/run; devices data 16 x fsdp 4" in card
     found = _tables(card)
     # By hand: all but 387,072 parameters of the text encoder are split in four.
@@ -88,13 +88,13 @@ def test_card_follows_its_sections(tiny):
     part = config.PruneComponent(sparsity=0.35, scope="linear+conv", threshold="rz")
     generate = config.Generate(sampler="ddim", num_steps=7, guidance_scale=1.0, height=8, width=20)
     run = config.Run(model=tiny, prune=config.Prune(unet=part), generate=generate)
-    card = plan.card(run, 1)
+    card = cost_card.card(run, 1)
     found = _tables(card)
     assert found["GMACs, 8 x 20, 7 steps"]["unet"][-2] == "7"
     assert found["prune"].keys() == {"prune", "unet", "together"}
     assert "linear+conv layers, rz" in found["prune"]["unet"][0]
     assert "generate: 16 prompts, 16 at once, dense and pruned" in card
-    bare = plan.card(config.Run(model=tiny, report=config.Report()), 1)
+    bare = cost_card.card(config.Run(model=tiny, report=config.Report()), 1)
     assert _tables(bare).keys() - {bare.split("\n")[0]} == {
         "parameters",
         "GMACs, 12 x 12, 25 steps",
@@ -106,7 +106,7 @@ def test_threshold_of_ramesh_and_zhao_floors_each_layer(tiny):
     for threshold in ("exact", "rz"):
         part = config.PruneComponent(0.35, threshold=threshold)
         run = config.Run(model=tiny, prune=config.Prune(text_encoder=part))
-        zeros[threshold] = _tables(plan.card(run, 1))["prune"]["text_encoder"][2]
+        zeros[threshold] = _tables(cost_card.card(run, 1))["prune"]["text_encoder"][2]
     # Two layers of four 24 x 24 and two 24 x 40 matrices: 8448 weights.
     assert zeros == {"exact": f"{2956:,}", "rz": f"{2 * (4 * 201 + 2 * 336):,}"}
 
@@ -115,7 +115,7 @@ def test_training_holds_four_copies_of_the_parameters(tmp_path):
     section = config.Pretrain()
     section.unet.training = config.Training(num_steps=4500, batch_size=64)
     run = config.Run(model=str(tmp_path / "none"), pretrain=section)
-    found = _tables(plan.card(run, 2))
+    found = _tables(cost_card.card(run, 2))
     parameters, steps, batch, state = found["pretrain"]["unet"]
     assert parameters == found["parameters"]["unet"][0]
     assert (steps, batch) == ("4,500", "64")
@@ -135,24 +135,24 @@ def test_card_counts_what_a_run_has_without_being_asked(tiny, tmp_path):
     scheduler = tmp_path / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("PNDMScheduler", "EulerDiscreteScheduler"))
     run = config.Run(model=tiny, workdir=str(tmp_path / "run"), finetune=config.Finetune())
-    card = plan.card(run, 1)
+    card = cost_card.card(run, 1)
     assert "finetune: experts 2, each 1,000 steps" in card
     works = [float(re.search(r"about ([\d.e+-]+) TMACs", card)[1])]
     (tmp_path / "run" / "experts" / "experts.json").unlink()
-    works.append(float(re.search(r"about ([\d.e+-]+) TMACs", plan.card(run, 1))[1]))
+    works.append(float(re.search(r"about ([\d.e+-]+) TMACs", cost_card.card(run, 1))[1]))
     assert works[0] / works[1] == pytest.approx((1 + 3 * 0.7) / 4, rel=0.01)
     run.generate = config.Generate()
     with pytest.raises(ValueError, match="EulerDiscreteScheduler"):
-        plan.card(run, 1)
+        cost_card.card(run, 1)
 
 
 def test_impossible_runs_are_refused(tiny):
     for mesh in (config.Mesh(fsdp=3), config.Mesh(data=2, fsdp=2), config.Mesh(fsdp=16)):
         with pytest.raises(ValueError, match="for 8 devices"):
-            plan.card(config.Run(model=tiny, mesh=mesh), 8)
+            cost_card.card(config.Run(model=tiny, mesh=mesh), 8)
     with pytest.raises(ValueError, match="no component"):
-        plan.card(config.Run(model=tiny, prune=config.Prune()), 8)
+        cost_card.card(config.Run(model=tiny, prune=config.Prune()), 8)
     with pytest.raises(ValueError, match="2000 steps"):
-        plan.card(config.Run(model=tiny, generate=config.Generate(num_steps=2000)), 8)
+        cost_card.card(config.Run(model=tiny, generate=config.Generate(num_steps=2000)), 8)
     with pytest.raises(ValueError, match="model_index"):
-        plan.card(config.Run(model=f"{tiny}/none"), 8)
+        cost_card.card(config.Run(model=f"{tiny}/none"), 8)
