@@ -14,7 +14,8 @@ from sdprune_jax import pipeline, sharding, sites
 from sdprune_jax.files import convert
 from sdprune_jax.files.model_directory import Model
 from sdprune_jax.models import clip, noise_schedule, samplers, unet, vae
-from sdprune_jax.scoring import calibrate, inputs, trajectory
+from sdprune_jax.scoring import calibrate, inputs
+from sdprune_jax.scoring.settings import CalibrationSettings
 from sdprune_jax.training import loop
 
 UNET = unet.UNetConfig(
@@ -37,7 +38,7 @@ TEXT = clip.TextConfig(
     eos_token_id=49,
 )
 MODEL = Model(TEXT, UNET, vae.VAEConfig(), noise_schedule.Schedule(), pathlib.Path())
-WALK = trajectory.Trajectory(
+WALK = CalibrationSettings(
     num_steps=3, guidance_scale=3.0, batch_size=8, position_fraction=1.0, weight_range=(0.5, 1.5)
 )
 KEY = jax.random.key(3)
@@ -52,7 +53,7 @@ def _random_params(shapes, seed):
 def _prompts(num=10):
     rng = np.random.default_rng(1)
     draw = lambda n: rng.normal(size=(n, 5, 8)).astype(np.float32)
-    return draw(num), draw(1)
+    return np.concatenate([draw(num), draw(1)])
 
 
 def _mesh(num_devices):
@@ -66,13 +67,13 @@ def _mesh(num_devices):
 def _walked():
     """Kernel shape and Gram matrix of every layer, by a loop over prompts and calls."""
     params = _random_params(unet.param_shapes(UNET), 0)
-    text, negative = _prompts()
+    *text, negative = _prompts()
     table = samplers.timetable(MODEL.schedule, None, WALK.num_steps)
     assert len(table.timestep) == 4  # PNDM makes one call more
     rise = np.log(np.arange(4, 0, -1)) / np.log(4)
     noise = pipeline.image_noise(jax.random.split(KEY)[0], jnp.arange(10), (4, 4, 4))
     forward = jax.jit(lambda *args: stored_inputs.stored(unet.UNet(UNET).apply, params, *args))
-    context = np.concatenate([np.broadcast_to(negative, text.shape), text])
+    context = np.stack([negative] * 10 + text)
     state, grams = samplers.start(noise), {}
     flat = convert.flatten(params)
     for number, row in enumerate(zip(*table, strict=True)):
@@ -99,11 +100,10 @@ def _walked():
 )  # fmt: skip
 def test_the_unet_is_calibrated_along_its_trajectory(num_devices, statistic):
     params, grams = _walked()
-    text, negative = _prompts()
     paths = sites.prunable(unet.param_shapes(UNET), "unet", "all")
     assert set(paths) == set(grams)
     got = calibrate.unet_statistics(
-        MODEL, params, _mesh(num_devices), text, negative, paths, statistic, KEY, WALK
+        MODEL, params, _mesh(num_devices), _prompts(), paths, statistic, KEY, WALK
     )
     assert set(got) == set(paths)
     num_time = 0
@@ -122,11 +122,10 @@ def test_the_unet_is_calibrated_along_its_trajectory(num_devices, statistic):
 def test_layers_of_the_time_embedding_read_every_timestep():
     params, _ = _walked()
     paths = [*inputs.TIME[:2], "mid_block.resnets.1.time_emb_proj.kernel"]
-    text, negative = _prompts(1)
-    walk = trajectory.Trajectory(num_steps=1, batch_size=1, timestep_weights="linear_increasing")
+    walk = CalibrationSettings(num_steps=1, batch_size=1, timestep_weights="linear_increasing")
     mesh = _mesh(1)
     run = calibrate.unet_statistics
-    got = run(MODEL, params, mesh, text, negative, paths, "gram", KEY, walk)
+    got = run(MODEL, params, mesh, _prompts(1), paths, "gram", KEY, walk)
 
     @jax.jit
     def read(*args):
@@ -142,15 +141,13 @@ def test_layers_of_the_time_embedding_read_every_timestep():
 
 def test_layers_that_read_the_same_share_one_array():
     params, _ = _walked()
-    text, negative = _prompts(1)
+    text = _prompts(1)
     block = "up_blocks.1.attentions.0.transformer_blocks.0"
     paths = [f"{block}.attn1.to_{x}.kernel" for x in "qkv"]
     other = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.kernel"
     paths += [f"{block}.attn2.to_k.kernel", other]
-    walk = trajectory.Trajectory(num_steps=1, batch_size=1, guidance_scale=1.0)
-    got = calibrate.unet_statistics(
-        MODEL, params, _mesh(1), text, negative, paths, "moments", KEY, walk
-    )
+    walk = CalibrationSettings(num_steps=1, batch_size=1, guidance_scale=1.0)
+    got = calibrate.unet_statistics(MODEL, params, _mesh(1), text, paths, "moments", KEY, walk)
     assert len({id(got[path].moment) for path in paths[:3]}) == 1
     assert got[other].moment is got[paths[3]].moment
     np.testing.assert_allclose(got[other].moment, 1.2 * (text[0] ** 2).sum(axis=0), rtol=1e-5)
@@ -169,10 +166,10 @@ def test_pads_of_a_text_are_left_out_unless_asked_for(mask_pads, num_devices, st
     ids, lengths = _ids()
     params = _random_params(clip.text_param_shapes(TEXT), 0)
     paths = sites.prunable(params, "text_encoder", "linear")
+    settings = CalibrationSettings(batch_size=max(2, num_devices), mask_pads=mask_pads)
     got = calibrate.text_statistics(
-        TEXT, params, _mesh(num_devices), ids, paths, statistic,
-        batch_size=max(2, num_devices), mask_pads=mask_pads,
-    )  # fmt: skip
+        TEXT, params, _mesh(num_devices), ids, paths, statistic, settings
+    )
     assert set(got) == set(paths)
     stored = jax.jit(lambda ids: stored_inputs.stored(clip.TextTower(TEXT).apply, params, ids)[1])(
         ids
@@ -191,19 +188,18 @@ def test_failed_calibrations_name_the_layers():
     ids, _ = _ids()
     params = _random_params(clip.text_param_shapes(TEXT), 0)
     paths = sites.prunable(params, "text_encoder", "linear")
-    run = lambda ids, paths, **kwargs: calibrate.text_statistics(
-        TEXT, params, _mesh(1), ids, paths, "moments", **kwargs
+    run = lambda ids, paths: calibrate.text_statistics(
+        TEXT, params, _mesh(1), ids, paths, "moments", CalibrationSettings()
     )
+    settings = CalibrationSettings(batch_size=3)
     with pytest.raises(ValueError, match=r"no prompt; batch_size is 3, expected a multiple of 8"):
-        calibrate.text_statistics(
-            TEXT, params, _mesh(8), ids[:0], paths, "moments", batch_size=3
-        )  # fmt: skip
+        calibrate.text_statistics(TEXT, params, _mesh(8), ids[:0], paths, "moments", settings)
     with pytest.raises(ValueError, match=r"no such kernels:\n  text_model\.x\.kernel"):
         run(ids, ["text_model.x.kernel"])
     second = params["text_model"]["encoder.layers.1"]
     second["layer_norm2"] = {"scale": np.full(16, np.nan, np.float32), "bias": np.zeros(16)}
     with pytest.raises(ValueError, match="not finite") as error:
-        run(ids, paths, batch_size=4)
+        run(ids, paths)
     bad = [line.split()[0] for line in str(error.value).splitlines()[1:]]
     assert len(bad) == 2
     assert bad == [path for path in paths if "layers.1.mlp" in path]

@@ -14,13 +14,15 @@ from sdprune_jax import config, pipeline, sharding
 from sdprune_jax.config import checks
 from sdprune_jax.files import convert, model_directory
 from sdprune_jax.models import noise_schedule, unet
-from sdprune_jax.pruning import methods, request, scores
+from sdprune_jax.pruning import request, scores, selection
+from sdprune_jax.pruning.methods import Taylor
 from sdprune_jax.scoring import gradients
+from sdprune_jax.scoring.settings import GradientSettings
 from sdprune_jax.stages import prune
 
 MESH = sharding.make_mesh()
 ONE = jax.sharding.Mesh(MESH.devices[:1, :1], MESH.axis_names)  # for one device, XLA is quick
-SECTION = config.Gradients(num_images=9, batch_size=8, num_timesteps=4, loss_threshold=0.0)
+SETTINGS = GradientSettings(num_images=9, batch_size=8, num_timesteps=4, loss_threshold=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def _pictures():
 
 @pytest.fixture(scope="module")
 def found(model, params):
-    return gradients.sums(model, params, ONE, *_pictures(), SECTION, 7)
+    return gradients.sums(model, params, ONE, *_pictures(), SETTINGS, 7)
 
 
 def test_losses_are_of_all_pictures_under_the_same_noise(model, params, found):
@@ -67,7 +69,7 @@ def test_gradients_are_the_slope_of_the_sum_of_losses(model, params, found):
 
     def total(size):
         moved = jax.tree.map(lambda x, d: x + np.float32(size) * d, params, step)
-        return sum(gradients.sums(model, moved, ONE, *_pictures(), SECTION, 7).losses)
+        return sum(gradients.sums(model, moved, ONE, *_pictures(), SETTINGS, 7).losses)
 
     products = jax.tree.map(lambda g, d: float(np.sum(np.float64(g) * d)), found.grads, step)
     slope = sum(jax.tree.leaves(products))
@@ -77,17 +79,17 @@ def test_gradients_are_the_slope_of_the_sum_of_losses(model, params, found):
 
 def test_the_sum_ends_at_the_first_timestep_whose_loss_is_small(model, params, found):
     falls = next(i for i in range(1, 4) if found.losses[i] < max(found.losses[:i]))
-    section = dataclasses.replace(SECTION, loss_threshold=1.0)
-    ended = gradients.sums(model, params, ONE, *_pictures(), section, 7)
+    settings = dataclasses.replace(SETTINGS, loss_threshold=1.0)
+    ended = gradients.sums(model, params, ONE, *_pictures(), settings, 7)
     np.testing.assert_allclose(ended.losses, found.losses[:falls], rtol=1e-6)
     first = jax.tree.leaves(ended.grads)[0]
     assert np.abs(first - jax.tree.leaves(found.grads)[0]).max() > 1e-6
 
 
 def test_batch_that_does_not_divide_is_refused(model, params):
-    section = dataclasses.replace(SECTION, batch_size=9)
+    settings = dataclasses.replace(SETTINGS, batch_size=9)
     with pytest.raises(ValueError, match="batch_size is 9, expected a multiple of the 8 devices"):
-        gradients.sums(model, params, MESH, *_pictures(), section, 7)
+        gradients.sums(model, params, MESH, *_pictures(), settings, 7)
 
 
 def test_stage_prune_removes_what_changes_the_loss_least(model, params, tmp_path, monkeypatch):
@@ -95,20 +97,20 @@ def test_stage_prune_removes_what_changes_the_loss_least(model, params, tmp_path
     grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
     asked = []
 
-    def of_pictures(model, given, mesh, section, seed, variant):
+    def of_pictures(model, given, mesh, settings, seed, variant):
         del model, mesh
         jax.tree.map(np.testing.assert_array_equal, given, params)
-        asked.append((section, seed, variant))
+        asked.append((settings, seed, variant))
         return gradients.Sums(grads, [1.0])
 
     monkeypatch.setattr(gradients, "of_pictures", of_pictures)
     part = config.PruneComponent(sparsity=0.4, method="taylor", scope="linear+conv")
     section = config.Prune(unet=part)
-    section.calibration.gradients = SECTION
+    section.calibration.gradients = config.Gradients(**dataclasses.asdict(SETTINGS))
     output = prune.run(
         config.Run(workdir=str(tmp_path), model=str(model.directory), prune=section, seed=3), MESH
     )
-    assert asked == [(SECTION, 3, None)]
+    assert asked == [(SETTINGS, 3, None)]
     pruned = convert.flatten(model_directory.load(model_directory.open_model(output), "unet"))
     dense, slopes = convert.flatten(params), convert.flatten(grads)
     record = json.loads((tmp_path / "prune.json").read_text())["components"]["unet"]
@@ -125,16 +127,16 @@ def test_layers_may_share_a_threshold_on_the_change_of_the_loss():
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     kernels = {"a.kernel": draw(8, 6), "b.kernel": 3 * draw(6, 9)}
     slopes = {path: draw(*kernel.shape) for path, kernel in kernels.items()}
-    section = config.PruneComponent(method="taylor", group="component", sparsity=0.5)
-    removed = methods.removed_of_each(kernels, section, slopes)
-    found = dict(methods.prune(kernels, section, removed, slopes, jax.random.key(0)))
+    method = Taylor(0.5, group="component")
+    removed = selection.removed_of_each(kernels, method, slopes)
+    found = dict(selection.prune(kernels, method, removed, slopes, jax.random.key(0)))
     changes = {path: scores.taylor(kernels[path], slopes[path]) for path in kernels}
     gone = np.concatenate([changes[path][~found[path].keep] for path in kernels])
     stay = np.concatenate([changes[path][found[path].keep] for path in kernels])
     assert gone.max() <= stay.min()
     assert len(gone) == sum(removed.values()) == 51
     with pytest.raises(ValueError, match="whose scores are of one scale"):
-        request.check(kernels, dataclasses.replace(section, group="normalised"))
+        request.check(kernels, dataclasses.replace(method, group="normalised"))
 
 
 def test_text_encoder_has_no_taylor():

@@ -9,7 +9,7 @@ import pytest
 from sdprune_jax import sites
 from sdprune_jax.files import convert
 from sdprune_jax.models import clip, unet
-from sdprune_jax.scoring import inputs, trajectory
+from sdprune_jax.scoring import inputs, settings
 
 UNET = unet.UNetConfig(
     sample_size=4,
@@ -74,23 +74,23 @@ def test_sd2_needs_the_memory_that_is_planned_for():
     ],
 )
 def test_timestep_weights_are_the_golden_ones(num_calls, expected):
-    got = trajectory.timestep_weights(num_calls, "log_decreasing")
+    got = settings.timestep_weights(num_calls, "log_decreasing")
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_timestep_weights_of_25_calls_are_the_golden_ones():
-    got = trajectory.timestep_weights(25, "log_decreasing")
+    got = settings.timestep_weights(25, "log_decreasing")
     np.testing.assert_allclose(got[:5], [1.2, 1.194927, 1.189638, 1.184115, 1.178334], atol=1e-6)
     np.testing.assert_allclose(got[-3:], [0.936521, 0.886135, 0.8], atol=1e-6)
     np.testing.assert_allclose(got.mean(), 1.088317, atol=1e-6)
 
 
 def test_the_other_timestep_weights_mirror_it_or_are_straight():
-    weights = {kind: trajectory.timestep_weights(5, kind) for kind in trajectory.TIMESTEP_WEIGHTS}
+    weights = {kind: settings.timestep_weights(5, kind) for kind in settings.TIMESTEP_WEIGHTS}
     assert len(weights) == 5
     np.testing.assert_allclose(weights["uniform"], 1)
     np.testing.assert_allclose(weights["linear_increasing"], [0.8, 0.9, 1.0, 1.1, 1.2])
     np.testing.assert_allclose(weights["linear_decreasing"], [1.2, 1.1, 1.0, 0.9, 0.8])
     np.testing.assert_allclose(weights["log_increasing"], weights["log_decreasing"][::-1])
     with pytest.raises(ValueError, match=r"'cosine', expected one of .*0 < low <= high"):
-        trajectory.timestep_weights(5, "cosine", 1.0, 0.5)
+        settings.timestep_weights(5, "cosine", 1.0, 0.5)

@@ -1,6 +1,5 @@
 """Every way to prune a component, on two layers whose statistics are made up."""
 
-import json
 import logging
 
 import jax
@@ -11,9 +10,10 @@ from pruning_golden import W, X, digits
 
 from sdprune_jax import config
 from sdprune_jax.config import checks
-from sdprune_jax.config.pruning import Override
 from sdprune_jax.files import convert
-from sdprune_jax.pruning import component, methods, request, scores
+from sdprune_jax.pruning import request, scores, selection
+from sdprune_jax.pruning.component import prune_component
+from sdprune_jax.pruning.methods import STATISTIC, Magnitude, Method, Override, SparseGPT
 from sdprune_jax.scoring import obs
 from sdprune_jax.scoring.recorder import LayerStats
 
@@ -40,11 +40,11 @@ def _stats(statistic):
 
 
 def _prune(**settings):
-    section = config.PruneComponent(**settings)
-    request.check(_KERNELS, section)
-    stats = _stats(methods.STATISTIC[section.method] or "moments")
-    removed = methods.removed_of_each(_KERNELS, section, stats)
-    found = methods.prune(_KERNELS, section, removed, stats, jax.random.key(0))
+    method = Method(**{"method": "magnitude"} | settings)
+    request.check(_KERNELS, method)
+    stats = _stats(STATISTIC[method.method] or "moments")
+    removed = selection.removed_of_each(_KERNELS, method, stats)
+    found = selection.prune(_KERNELS, method, removed, stats, jax.random.key(0))
     return removed, dict(found)
 
 
@@ -58,20 +58,20 @@ def _prune(**settings):
     ],
 )
 def test_the_golden_matrix_loses_what_its_torch_weight_would(settings, removed):
-    section = config.PruneComponent(0.5, **settings)
+    method = Method(**{"method": "magnitude"} | settings)
     kernels = {"a.kernel": np.ascontiguousarray(W.T)}
     moment = jnp.asarray((X**2).sum(axis=0), jnp.float32)
     stats = {"a.kernel": LayerStats(moment, jnp.float32(3))}
-    found = methods.removed_of_each(kernels, section, stats)
-    ((_, pruned),) = methods.prune(kernels, section, found, stats, jax.random.key(0))
+    found = selection.removed_of_each(kernels, method, stats)
+    ((_, pruned),) = selection.prune(kernels, method, found, stats, jax.random.key(0))
     assert digits(pruned.keep.T) == removed
 
 
 def test_ties_in_a_convolution_go_by_index_of_its_torch_weight():
     kernels = {"conv.kernel": np.ones((3, 3, 4, 5), np.float32)}
-    section = config.PruneComponent(0.5)
-    found = methods.removed_of_each(kernels, section, {})
-    ((path, pruned),) = methods.prune(kernels, section, found, {}, jax.random.key(0))
+    method = Magnitude(0.5)
+    found = selection.removed_of_each(kernels, method, {})
+    ((path, pruned),) = selection.prune(kernels, method, found, {}, jax.random.key(0))
     assert found == {"conv.kernel": 90}
     np.testing.assert_array_equal(convert.to_torch(path, pruned.keep).ravel(), np.arange(180) >= 90)
 
@@ -85,14 +85,14 @@ _EVERY_WAY = [
 
 def _stage(kernels, seed=0, **settings):
     """The kernels that stage `prune` writes, and its record."""
-    section = config.PruneComponent(**settings)
-    flat = {path: kernel.copy() for path, kernel in kernels.items()}
-    if section.method == "taylor":
+    method = Method(**{"method": "magnitude", "scope": "linear+conv"} | settings)
+    if method.method == "taylor":
         rng = np.random.default_rng(seed)
         stats = {p: rng.normal(size=x.shape).astype(np.float32) for p, x in kernels.items()}
     else:
-        stats = _stats(methods.STATISTIC[section.method] or "moments")
-    return flat, component.prune_component(flat, list(flat), section, [(list(flat), stats)], seed)
+        stats = _stats(STATISTIC[method.method] or "moments")
+    calibrate = lambda _, layers, __: [(layers, stats)]
+    return prune_component(kernels, "unet", method, calibrate, seed=seed)
 
 
 @pytest.mark.parametrize("settings", _EVERY_WAY, ids=str)
@@ -103,7 +103,7 @@ def test_a_sparsity_of_zero_or_below_one_weight_changes_no_bit(settings):
         flat, done = _stage(kernels, sparsity=sparsity, **settings)
         for path, kernel in kernels.items():
             assert flat[path].tobytes() == kernel.tobytes()
-        assert done["zeros"] == 1  # as before
+        assert done.zeros == 1  # as before
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_what_is_sparse_already_is_pruned_to_itself_and_recorded_as_it_is(settin
         again, done = _stage(once, seed=1, sparsity=sparsity, **settings)
         for path, kernel in once.items():
             np.testing.assert_array_equal(again[path], kernel)
-        assert done["requested"] == sparsity
+        assert done.requested == sparsity
         zeros = sum(int((kernel == 0).sum()) for kernel in once.values())
-        assert done["zeros"] == done["zeros_before"] == zeros
-        assert done["of_prunable"] == pytest.approx(zeros / 276)
+        assert done.zeros == done.zeros_before == zeros
+        assert done.of_prunable == pytest.approx(zeros / 276)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
@@ -138,7 +138,7 @@ def test_solvers_give_no_weight_back_to_what_is_sparse_already(method, pattern):
     for path, kernel in sparse.items():
         assert np.isfinite(again[path]).all()
         assert not again[path][kernel == 0].any()
-    assert done["zeros"] >= done["zeros_before"] > 0.55 * 276
+    assert done.zeros >= done.zeros_before > 0.55 * 276
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "wanda", "sparsegpt"])
@@ -199,23 +199,22 @@ def test_compensation_beats_wanda_and_wanda_magnitude_in_the_outputs_of_layers()
 
 def test_the_record_says_what_was_asked_and_what_the_outputs_lost():
     own = (Override("conv", 0.1),)
-    flat = {path: kernel.copy() for path, kernel in _KERNELS.items()}
-    section = config.PruneComponent(0.25, method="sparsegpt", overrides=own)
+    method = SparseGPT(0.25, scope="linear+conv", overrides=own)
     parts = [([path], {path: stats}) for path, stats in _stats("gram").items()]
-    done = json.loads(json.dumps(component.prune_component(flat, list(flat), section, parts, 0)))
-    assert done["overrides"] == [{"layers": "conv", "sparsity": 0.1}]
-    assert done["zeros"] == 69
-    assert "band" not in done
-    for path, row in zip(flat, done["layers"], strict=True):
+    flat, done = prune_component(_KERNELS, "unet", method, lambda *_: parts)
+    assert done.overrides == own
+    assert done.zeros == 69
+    assert done.band is None
+    for path, row in zip(flat, done.layers, strict=True):
         x, n_out = _inputs(path), _SHAPES[path][-1]
         before, after = (x @ kernels[path].reshape(-1, n_out) for kernels in (_KERNELS, flat))
         want = np.sum((before - after) ** 2) / np.sum(before**2)
-        assert row["output_error"] == pytest.approx(want, rel=1e-4)
-        assert row["zeros"] == {"layers.0.fc1": 51, "conv": 18}[row["name"]]
+        assert row.output_error == pytest.approx(want, rel=1e-4)
+        assert row.zeros == {"layers.0.fc1": 51, "conv": 18}[row.name]
 
 
 def test_a_sparsity_in_percent_of_some_layers_gets_the_fraction():
-    part = config.PruneComponent(overrides=(Override("*.ff.*", 35.0),))
+    part = config.PruneComponent(overrides=(config.Override("*.ff.*", 35.0),))
     with pytest.raises(ValueError, match=r"overrides\[0\]\.sparsity is 35.*so 35 % is 0\.35"):
         checks.check(config.Run(prune=config.Prune(unet=part)))
 
@@ -224,8 +223,8 @@ def test_a_gram_matrix_without_a_factor_falls_back_to_magnitude(monkeypatch, cap
     monkeypatch.setattr(obs, "factorise", lambda stats, _: _hopeless(stats))
     with caplog.at_level(logging.WARNING, "absl"):
         _, done = _stage(_KERNELS, sparsity=0.5, method="sparsegpt")
-    assert [row["loss"] for row in done["layers"]] == [None, None]
-    assert [row["damping"] for row in done["layers"]] == [1.0, 1.0]
+    assert [row.loss for row in done.layers] == [None, None]
+    assert [row.damping for row in done.layers] == [1.0, 1.0]
     assert [message.split(":")[0] for message in caplog.messages] == list(_KERNELS)
     assert all("damping 1, so by magnitude" in message for message in caplog.messages)
     _, found = _prune(sparsity=0.5, method="sparsegpt")
@@ -258,29 +257,28 @@ def test_layers_with_a_sparsity_of_their_own_leave_the_rest_to_the_others():
     assert removed == {"layers.0.fc1.kernel": 0, "conv.kernel": 69}
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
-def test_a_layer_left_alone_stays_as_it_is_and_follows_no_pattern(method):
-    section = config.PruneComponent(
-        method=method, pattern="4:8", overrides=(Override("conv", 0.0),)
-    )  # whose 4 channels make no run of 8
-    request.check(_KERNELS, section)
-    stats = _stats(methods.STATISTIC[method] or "moments")
-    removed = methods.removed_of_each(_KERNELS, section, stats)
-    found = dict(methods.prune(_KERNELS, section, removed, stats, jax.random.key(0)))
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "alps"])
+def test_a_layer_left_alone_stays_as_it_is_and_follows_no_pattern(name):
+    own = (Override("conv"),)  # whose 4 channels make no run of 8
+    method = Method(name, pattern="4:8", overrides=own)
+    request.check(_KERNELS, method)
+    stats = _stats(STATISTIC[name] or "moments")
+    removed = selection.removed_of_each(_KERNELS, method, stats)
+    found = dict(selection.prune(_KERNELS, method, removed, stats, jax.random.key(0)))
     assert found["conv.kernel"].keep.all()
     assert found["conv.kernel"].kernel is None
     runs = found["layers.0.fc1.kernel"].keep.reshape(2, 8, 6)
     assert (runs.sum(axis=1) == 4).all()
     sizes = {path: kernel.size for path, kernel in _KERNELS.items()}
-    assert request.num_removed(sizes, section) == 48
+    assert request.num_removed(sizes, method) == 48
 
 
 def test_overrides_hold_for_layers_that_are_pruned_in_parts():
-    section = config.PruneComponent(0.25, overrides=(Override("conv", 0.1),))
+    method = Magnitude(0.25, overrides=(Override("conv", 0.1),))
     sizes = {path: kernel.size for path, kernel in _KERNELS.items()}
     for path in _SHAPES:
         part = {path: _KERNELS[path]}
-        removed = methods.removed_of_each(part, section, {}, sizes)
+        removed = selection.removed_of_each(part, method, {}, sizes)
         assert removed == {path: {"layers.0.fc1.kernel": 51, "conv.kernel": 18}[path]}
 
 
@@ -318,6 +316,7 @@ def test_the_error_of_a_solver_is_that_of_the_outputs_it_changes():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"group": "row"}, "group is 'row', expected one of"),
         ({"method": "sparsegpt", "group": "output"}, "has its own blocks"),
         ({"method": "wanda", "threshold": "rz"}, "layer-wise magnitude only"),
         ({"allocation": "owl", "threshold": "rz"}, "uniform layer-wise magnitude only"),
@@ -338,8 +337,8 @@ def test_the_error_of_a_solver_is_that_of_the_outputs_it_changes():
     ],
 )
 def test_what_cannot_go_together_is_refused(settings, message):
-    section = config.PruneComponent()
-    for name, value in settings.items():  # as the command line does
-        setattr(section, name, value)
+    method = Magnitude()
+    for name, value in settings.items():  # unlike the constructor, without a check of types
+        object.__setattr__(method, name, value)
     with pytest.raises(ValueError, match=message):
-        request.check(_KERNELS, section)
+        request.check(_KERNELS, method)

@@ -7,9 +7,11 @@ import pytest
 
 from sdprune_jax import config, sharding, sites
 from sdprune_jax.files import convert, model_directory
-from sdprune_jax.pruning import allocate, methods
+from sdprune_jax.pruning import allocate
+from sdprune_jax.pruning.methods import STATISTIC
 from sdprune_jax.scoring import calibrate
 from sdprune_jax.scoring.calibration import Calibration
+from sdprune_jax.scoring.settings import CalibrationSettings
 from sdprune_jax.stages import prune
 
 _MESH = sharding.make_mesh()
@@ -105,18 +107,16 @@ def test_only_obsdiff_weighs_the_calls_of_the_sampler(monkeypatch):
     seen = {}
 
     def statistics(*args):
-        return seen.update({method: (args[6], args[8].timestep_weights)}) or {}
+        return seen.update({method: (args[5], args[7].timestep_weights)}) or {}
 
     monkeypatch.setattr(calibrate, "unet_statistics", statistics)
     monkeypatch.setattr(Calibration, "text_states", lambda _: np.zeros((2, 3, 4)))
     model = model_directory.open_model(model_directory.directory_of("embedded"))
     loaded = convert.flatten(model_directory.load(model, "unet"))
     flat = {path: np.asarray(x) for path, x in loaded.items()}
-    calibration = Calibration(
-        config.Calibration(), model, "unet", sharding.make_mesh(), seed=0, variant=""
-    )
+    calibration = Calibration(CalibrationSettings(), model, "unet", _MESH, ["a cat"])
     for method in ("wanda", "sparsegpt", "obsdiff"):
-        calibration.stats(flat, [], methods.STATISTIC[method])
+        calibration.stats(flat, [], STATISTIC[method])
     assert seen == {
         "wanda": ("moments", "uniform"),
         "sparsegpt": ("gram", "uniform"),

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pruning_golden import X
 
 from sdprune_jax.models import products
-from sdprune_jax.scoring import recorder, trajectory
+from sdprune_jax.scoring import recorder, settings
 
 
 class _Layers(nn.Module):
@@ -92,7 +92,7 @@ def test_the_golden_layer_has_the_golden_moments():
 
     uniform = [0.497267, 8.087333, 51.116067, 2.766067, 12.832733, 30.9096, 0.3858, 7.858667]
     later_less = [0.52946, 8.011347, 49.049039, 2.865103, 13.886137, 30.117548, 0.383989, 8.103367]
-    alphas = trajectory.timestep_weights(3, "log_decreasing")  # every sample is a call
+    alphas = settings.timestep_weights(3, "log_decreasing")  # every sample is a call
     for weight, want in [(np.ones(3), uniform), (alphas, later_less)]:
         gram, squares = (moment(statistic, weight) for statistic in ("gram", "moments"))
         for found in (np.diag(gram), squares):

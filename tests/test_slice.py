@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from typing import get_args
 
 import aptp_model
 import jax
@@ -16,6 +17,7 @@ from sdprune_jax.data import pictures
 from sdprune_jax.files import convert, model_directory
 from sdprune_jax.models import unet
 from sdprune_jax.scoring import gradients
+from sdprune_jax.scoring.settings import GradientSettings
 from sdprune_jax.sites import macs
 from sdprune_jax.slicing import bksdm, criteria, operators, structured
 from sdprune_jax.stages import cost_card, finetune, slice
@@ -166,9 +168,9 @@ def test_pictures_drawn_by_the_seed_are_what_gradients_are_of(model, monkeypatch
         return gradients.Sums({}, [])
 
     monkeypatch.setattr(gradients, "sums", sums)
-    section = config.Gradients(num_images=9)
+    settings = GradientSettings(num_images=9)
     for seed in (0, 0, 1):
-        gradients.of_pictures(model, {}, MESH, section, seed)
+        gradients.of_pictures(model, {}, MESH, settings, seed)
     latents, text = given[0][3:5]
     assert latents.shape == (9, 8, 8, 4)
     assert text.shape == (9, 24, 12)
@@ -199,9 +201,9 @@ def test_obs_leaves_resnets_whole_and_compensates_what_closes_a_site(model, tmp_
 def test_operators_go_in_the_order_of_their_scores(model, tmp_path, monkeypatch):
     given = {}
 
-    def score(model, params, mesh, text, negative, names, seed, trajectory):
-        del model, params, mesh, negative, seed
-        given["text"], given["walk"] = text, trajectory
+    def score(model, params, mesh, text, names, seed, settings):
+        del model, params, mesh, seed
+        given["text"], given["walk"] = text[:-1], settings
         return {name: np.array([float(i)]) for i, name in enumerate(reversed(names))}
 
     monkeypatch.setattr(operators, "score", score)
@@ -257,5 +259,5 @@ def test_experts_of_one_run_come_from_one_stage(model, tmp_path):
     with pytest.raises(ValueError, match=re.escape("would both write the run's experts")):
         checks.check(run)
     assert set(config.Slice.__dataclass_fields__["criterion"].metadata["legal"]) == set(
-        criteria.CRITERIA
+        get_args(criteria.Name)
     )

@@ -12,7 +12,7 @@ import pytest
 from sdprune_jax import pipeline, sharding, sites
 from sdprune_jax.files import convert
 from sdprune_jax.models import samplers, unet
-from sdprune_jax.scoring.trajectory import Trajectory
+from sdprune_jax.scoring.settings import CalibrationSettings
 from sdprune_jax.sites import macs
 from sdprune_jax.slicing import bksdm, operators, structured
 from sdprune_jax.training import distillation
@@ -168,13 +168,13 @@ def test_every_operator_that_a_gate_closes_can_be_cut(params):
 def test_ld_pruner_scores_what_a_removal_does_to_the_latents(params, tmp_path):
     model = aptp_model.make(tmp_path / "model")
     rng, mesh = np.random.default_rng(0), sharding.make_mesh()
-    text = rng.normal(size=(9, 5, 12)).astype(np.float32)
+    text = rng.normal(size=(10, 5, 12)).astype(np.float32)
     names = [site.name for site in sites.operators(UNET)][:3]
-    walk = Trajectory(num_steps=1, sampler="ddim", guidance_scale=1.0, batch_size=8)
+    walk = CalibrationSettings(num_steps=1, sampler="ddim", guidance_scale=1.0, batch_size=8)
     same = jax.tree.map(np.copy, params)
     for leaf in ("kernel", "bias"):  # of a ResNet that adds nothing, and whose input stands in
         same["down_blocks.0"]["resnets.0"]["conv2"][leaf][:] = 0
-    found = operators.score(model, same, mesh, text, text[:1], names, 0, walk)
+    found = operators.score(model, same, mesh, text, names, 0, walk)
     assert names[0] == "down_blocks.0.resnets.0.depth"
     assert found[names[0]][0] < 1e-5 < 1e-2 < found[names[1]][0]
 
@@ -185,16 +185,14 @@ def test_ld_pruner_scores_what_a_removal_does_to_the_latents(params, tmp_path):
     for gate in (1, 0):
         gates = {name: np.full((9, 1), float(gate) if name == names[1] else 1.0) for name in names}
         timestep = np.full(9, row.timestep, np.int32)
-        out = _compiled(UNET)({"params": same}, noise, timestep, text, gates)
+        out = _compiled(UNET)({"params": same}, noise, timestep, text[:-1], gates)
         latents.append(np.asarray(samplers.step(samplers.start(noise), row, out).x, np.float64))
     before, after = latents
     mean = np.linalg.norm(before.mean(axis=0) - after.mean(axis=0))
     std = np.linalg.norm(before.std(axis=0) - after.std(axis=0))
     np.testing.assert_allclose(found[names[1]][0], mean + std, rtol=1e-4)
     with pytest.raises(ValueError, match="a multiple of the 8 devices"):
-        operators.score(
-            model, same, mesh, text, text[:1], names, 0, dataclasses.replace(walk, batch_size=9)
-        )
+        operators.score(model, same, mesh, text, names, 0, dataclasses.replace(walk, batch_size=9))
 
 
 @pytest.mark.parametrize(

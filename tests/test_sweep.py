@@ -18,6 +18,7 @@ from sdprune_jax.config import checks, command_line
 from sdprune_jax.config.pruning import Override
 from sdprune_jax.evaluate import measuring, networks, task
 from sdprune_jax.files import convert, model_directory
+from sdprune_jax.pruning import methods
 from sdprune_jax.scoring import calibration
 from sdprune_jax.scoring.recorder import LayerStats
 from sdprune_jax.stages import cost_card, sweep
@@ -150,16 +151,22 @@ def test_a_model_pruned_in_memory_is_the_one_that_stage_prune_writes(tmp_path, c
     asked = config.Run(workdir=str(tmp_path), sweep=section, prune=config.Prune(part))
     model = model_directory.open_model(model_directory.directory_of("embedded"))
     protocol, nothing = sweep._protocol(section), task.load("", "", 0, False)
-    bench = trial.open_bench(asked, _MESH, model, protocol, nothing, (64, 64), tmp_path)
+    calibration = lambda component, seed: pruning.open_calibration(
+        section.calibration, model, component, _MESH, seed, ""
+    )
+    bench = trial.open_bench(
+        asked, _MESH, model, protocol, nothing, (64, 64), tmp_path,
+        sweep.points_of(section), calibration,
+    )  # fmt: skip
     before = {path: x.copy() for path, x in bench.flat["text_encoder"].items()}
-    got, done = trial.prune(bench, "text_encoder", part, 0)
+    got, done = trial.prune(bench, "text_encoder", pruning.method_of(part), 0)
     written = model_directory.load(
         model_directory.open_model(pruning.run(asked, _MESH)), "text_encoder"
     )
     for path, x in convert.flatten(got).items():
         np.testing.assert_array_equal(x, convert.flatten(written)[path])
     record = json.loads((tmp_path / "prune.json").read_text())["components"]["text_encoder"]
-    assert done["zeros"] == record["zeros"] > 0
+    assert done.zeros == record["zeros"] > 0
     for path, x in before.items():  # the dense model is as it was
         np.testing.assert_array_equal(bench.flat["text_encoder"][path], x)
     assert len(calls["stats"]) == 2
@@ -344,8 +351,8 @@ def test_impossible_points_are_refused_by_name(points_, message):
 def test_series_are_points_that_differ_in_one_sparsity():
     paper = command_line.load(str(_PAPER))
     assert paper.sweep is not None
-    found = list(points.series(paper.sweep.points))
-    assert [(s.component, points.method(s.section), len(s.sparsities)) for s in found] == [
+    found = list(points.series(sweep.points_of(paper.sweep)))
+    assert [(s.component, points.label(s.method), len(s.sparsities)) for s in found] == [
         ("unet", "magnitude, rz", 14), ("text_encoder", "magnitude, rz", 11),
         ("text_encoder", "owl-magnitude, multiple 7", 11), ("text_encoder", "wanda", 12),
         ("text_encoder", "owl-wanda, multiple 7", 11),
@@ -354,22 +361,22 @@ def test_series_are_points_that_differ_in_one_sparsity():
     assert found[0].sparsities == (0.1, 0.2, 0.3, *steps)
     text = (0.3, 0.4, 0.5, 0.55, 0.575, 0.6, 0.625, 0.65, 0.675, 0.7, 0.8)
     for series in found[1:]:
-        more = (0.525,) if points.method(series.section) == "wanda" else ()
+        more = (0.525,) if points.label(series.method) == "wanda" else ()
         assert series.sparsities == tuple(sorted((*text, *more)))
-    assert found[3].point(0.525) in paper.sweep.points
-    fixed = config.PruneComponent(0.5, pattern="2:4")
-    band = config.PruneComponent(0.3, band=(0.2, 0.5))
-    assert not list(points.series([config.SweepPoint(unet=fixed), config.SweepPoint(band)]))
-    assert points.method(band) == "magnitude, band 0.2 to 0.5"
+    assert found[3].point(0.525) in sweep.points_of(paper.sweep)
+    fixed = methods.Magnitude(0.5, pattern="2:4")
+    band = methods.Magnitude(0.3, band=(0.2, 0.5))
+    assert not list(points.series([points.Point(unet=fixed), points.Point(band)]))
+    assert points.label(band) == "magnitude, band 0.2 to 0.5"
     whole = config.PruneComponent(0.3, method="sparsegpt")
     whole.damping = 1  # as a config file may say
-    assert points.method(whole) == "sparsegpt, damping 1"
+    assert points.label(pruning.method_of(whole)) == "sparsegpt, damping 1"
 
 
 def test_a_point_whose_layers_have_their_own_sparsity_is_counted_and_named():
-    own = (Override("*.attn2.*", 0.1), Override("time_*"))
-    part = config.PruneComponent(0.5, pattern="2:4", overrides=own)
-    assert points.method(part) == "magnitude, 2:4, *.attn2.* at 0.1, time_* at 0"
+    own = (methods.Override("*.attn2.*", 0.1), methods.Override("time_*"))
+    part = methods.Magnitude(0.5, pattern="2:4", overrides=own)
+    assert points.label(part) == "magnitude, 2:4, *.attn2.* at 0.1, time_* at 0"
     model = model_directory.open_model(model_directory.directory_of("embedded"))
     shapes = {name: model_directory.param_shapes(model, name) for name in points.COMPONENTS}
     flat = convert.flatten(shapes["unet"])
@@ -377,9 +384,9 @@ def test_a_point_whose_layers_have_their_own_sparsity_is_counted_and_named():
     attn2 = [path for path in sizes if ".attn2." in path]
     rest = [p for p in sizes if ".attn2." not in p and not p.startswith("time_")]
     want = sum(sizes[path] // 10 for path in attn2) + sum(sizes[path] for path in rest) // 2
-    assert points.expected(config.SweepPoint(unet=part), shapes).zeros == want
-    plain = config.PruneComponent(0.5, overrides=own)  # the others make up for them
-    assert points.expected(config.SweepPoint(unet=plain), shapes).zeros == sum(sizes.values()) // 2
+    assert points.expected(points.Point(unet=part), shapes).zeros == want
+    plain = methods.Magnitude(0.5, overrides=own)  # the others make up for them
+    assert points.expected(points.Point(unet=plain), shapes).zeros == sum(sizes.values()) // 2
 
 
 # Of the text encoder and the UNet, and of both by all their parameters, in percent.

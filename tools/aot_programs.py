@@ -19,9 +19,9 @@ from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import features
 from sdprune_jax.models import inception, unet
 from sdprune_jax.pretrain import autoencoder, contrastive, denoiser
-from sdprune_jax.pruning import methods
+from sdprune_jax.pruning.methods import STATISTIC
 from sdprune_jax.scoring import calibrate
-from sdprune_jax.scoring.calibration import Calibration
+from sdprune_jax.stages.prune import open_calibration
 from sdprune_jax.training import distillation, encoded, loop
 
 _Shape = jax.ShapeDtypeStruct
@@ -128,9 +128,9 @@ def _pretrain(run: config.Run, section: config.Pretrain, mesh: Mesh) -> jax.stag
 def _prune(run: config.Run, section: config.Prune, mesh: Mesh) -> jax.stages.Lowered:
     """Of the first package of layers, if their statistics are not to be in memory together."""
     part = section.unet
-    statistic = methods.STATISTIC[part.method] if part else None
+    statistic = STATISTIC[part.method] if part else None
     if part is None or statistic in (None, "gradient"):
-        fit = [name for name, kind in methods.STATISTIC.items() if kind not in (None, "gradient")]
+        fit = [name for name, kind in STATISTIC.items() if kind not in (None, "gradient")]
         raise UserError(
             "--stage=prune: nothing walks from noise to a picture; set config.prune.unet.method to"
             f" one of {', '.join(fit)}"
@@ -138,10 +138,10 @@ def _prune(run: config.Run, section: config.Prune, mesh: Mesh) -> jax.stages.Low
     _check("prune.calibration", section.calibration.batch_size, mesh)
     model = model_directory.open_model(model_directory.directory_of(run.model))
     layers = sites.prunable(model_directory.param_shapes(model, "unet"), "unet", part.scope)
-    calibration = Calibration(section.calibration, model, "unet", mesh, seed=0, variant="")
+    calibration = open_calibration(section.calibration, model, "unet", mesh, 0, "")
     first = calibration.packages(layers, statistic)[0]
     statistic = statistic.removeprefix("weighted_")
-    return calibrate.lower_unet(model, mesh, first, statistic, calibration.trajectory())
+    return calibrate.lower_unet(model, mesh, first, statistic, calibration.settings)
 
 
 def _generate(run: config.Run, section: config.Generate, mesh: Mesh) -> jax.stages.Lowered:

@@ -1,67 +1,80 @@
 """Prunes one component in memory."""
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from sdprune_jax import config
-from sdprune_jax.pruning import methods, record
+from sdprune_jax import UserError, sharding, sites
+from sdprune_jax.files import convert
+from sdprune_jax.pruning import record, request, selection
+from sdprune_jax.pruning.methods import STATISTIC, Method
 from sdprune_jax.scoring import masks
+from sdprune_jax.scoring.recorder import Stat
+
+Parts = Iterable[tuple[Sequence[str], Mapping[str, Stat]]]
+Calibrate = Callable[[Mapping[str, Any], list[str], str], Parts]
 
 
 def prune_component(
-    flat: dict[str, np.ndarray],
-    layers: Sequence[str],
-    section: config.PruneComponent,
-    parts: Iterable[tuple[Sequence[str], Mapping[str, methods.Stat]]],
-    seed: int,
-) -> dict[str, Any]:
+    params: Mapping[str, Any],
+    component: str,
+    method: Method,
+    calibrate: Calibrate | None = None,
+    *,
+    seed: int = 0,
+    in_place: bool = False,
+) -> tuple[dict[str, Any], record.ComponentRecord]:
     """Prunes a component in memory.
 
     Args:
-        flat: arrays of the component by path; those of `layers` are changed in place.
-        layers: paths of the kernels in scope.
-        section: what to do.
-        parts: layers that are pruned together and what they read, of `Calibration.parts`; each is
-            taken once those before it are pruned.
-        seed: of random scores.
+        params: nested parameters of the component.
+        component: "text_encoder" or "unet".
+        method: which layers lose how many weights, and by what rule.
+        calibrate: `Calibration.parts`, or what does the same: from arrays by path, the paths in
+            scope and the name of a statistic to layers that are pruned together and what they
+            read. Each part is taken once those before it are pruned. Needed where `STATISTIC` of
+            the method is not None.
+        seed: draws random scores.
+        in_place: overwrite the kernels of `params`, which must be numpy arrays, so that no second
+            copy of them is held. Otherwise `params` stay as they are.
 
     Returns:
-        What was done, as in `prune.json`.
+        The pruned parameters, whose pruned kernels are numpy arrays, and what was done.
+
+    Raises:
+        ValueError: if the method cannot be applied to these layers, or lacks its calibration.
     """
+    flat, shapes = convert.flatten(params), params
+    layers = sites.prunable(shapes, component, method.scope)
+    request.check({path: flat[path] for path in layers}, method)
+    statistic = STATISTIC[method.method]
+    if statistic and calibrate is None:
+        raise UserError(f"{method.method} reads the inputs of layers: give prompts to calibrate on")
+    if not in_place:
+        flat |= {path: np.array(sharding.to_host(flat[path])) for path in layers}
     kernels = {path: flat[path] for path in layers}
     before = record.sample(kernels)
-    zeros_before = sum(kernel.size - int(np.count_nonzero(kernel)) for kernel in kernels.values())
+    zeros_before = sum(map(record.num_zeros, kernels.values()))
     sizes = {path: kernel.size for path, kernel in kernels.items()}
-    rows: dict[str, dict[str, Any]] = {}
+    parts = calibrate(flat, layers, statistic) if statistic and calibrate else [(layers, {})]
+    rows: dict[str, record.LayerRecord] = {}
     for names, stats in parts:
         part = {path: kernels[path] for path in names}
-        removed = methods.removed_of_each(part, section, stats, sizes)
-        for path, found in methods.prune(part, section, removed, stats, jax.random.key(seed)):
-            kernel = flat[path]
-            threshold = record.threshold(kernel, found.keep)
-            if found.kernel is not None:
-                np.copyto(kernel, found.kernel, casting="same_kind")
-            masks.zero(kernel, found.keep)
-            rows[path] = record.layer(path, kernel, found, threshold)
+        removed = selection.removed_of_each(part, method, stats, sizes)
+        for path, pruned in selection.prune(part, method, removed, stats, jax.random.key(seed)):
+            threshold = record.threshold(kernels[path], pruned.keep)
+            if pruned.kernel is not None:
+                np.copyto(kernels[path], pruned.kernel, casting="same_kind")
+            masks.zero(kernels[path], pruned.keep)
+            rows[path] = record.layer(path, kernels[path], pruned, threshold)
         del stats  # before those of the next part are computed
-    prunable = sum(sizes.values())
-    zeros = sum(row["zeros"] for row in rows.values())
-    said = dataclasses.asdict(section)
-    names = (
-        "method", "group", "pattern", "allocation", "scope", "threshold", "overrides", "band",
-    )  # fmt: skip
-    return {
-        "requested": section.sparsity,
-        **{name: said[name] for name in names if said[name] is not None},
-        "prunable": prunable,
-        "zeros": zeros,
-        "zeros_before": zeros_before,
-        "of_prunable": zeros / prunable,
-        "all_zeros": sum(x.size - int(np.count_nonzero(x)) for x in flat.values()),
-        "layers": [rows[path] for path in layers],
-        "histogram": record.histogram(before, record.sample(kernels)),
-    }
+    done = record.component(
+        method,
+        [rows[path] for path in layers],
+        zeros_before=zeros_before,
+        parameters=sum(x.size for x in flat.values()),
+        histogram=record.histogram(before, record.sample(kernels)),
+    )
+    return convert.unflatten(flat, params), done

@@ -1,30 +1,25 @@
-"""From a section of the config to the pruned kernels of a component.
+"""The methods of post-training pruning, as a caller writes them: `Wanda(0.5, scope="linear")`."""
 
-What a criterion needs to know of layers is in `STATISTIC`; what it compares, unless told, is
-what its paper compares.
-"""
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal, get_args
 
-import functools
-from collections.abc import Iterator, Mapping
-from fractions import Fraction
-from typing import Any, NamedTuple
+Name = Literal["magnitude", "random", "wanda", "sparsegpt", "obsdiff", "alps", "taylor"]
+Group = Literal["layer", "output", "component", "normalised"]
+Pattern = Literal["unstructured", "1:2", "1:4", "2:4", "4:8"]
+Allocation = Literal["uniform", "owl"]
+Threshold = Literal["exact", "rz"]
+LEGAL: Mapping[str, tuple[str | None, ...]] = {
+    "method": get_args(Name),
+    "group": (None, *get_args(Group)),
+    "pattern": get_args(Pattern),
+    "allocation": get_args(Allocation),
+    "threshold": get_args(Threshold),
+}
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from absl import logging
-from jaxtyping import Array, Bool, Float, Key
-
-from sdprune_jax import config
-from sdprune_jax.files import convert
-from sdprune_jax.pruning import allocate, alps, global_threshold, patterns, request, scores
-from sdprune_jax.scoring import masks, obs, recorder
-from sdprune_jax.scoring.recorder import LayerStats
-
-Kernels = Mapping[str, Float[np.ndarray, "..."]]  # by path, in Flax's layout
-Stat = recorder.Stat
-
-STATISTIC: Mapping[str, str | None] = {
+SOLVERS = ("sparsegpt", "obsdiff", "alps")  # choose in blocks of their own, and compensate
+STATISTIC: Mapping[str, str | None] = {  # what calibration has to sum for each method
     "random": None,
     "magnitude": None,
     "wanda": "moments",
@@ -33,209 +28,70 @@ STATISTIC: Mapping[str, str | None] = {
     "alps": "gram",
     "taylor": "gradient",
 }
-_GROUP = {
-    "random": "layer",
-    "magnitude": "layer",
-    "wanda": "output",
-    "taylor": "layer",
-}
 
 
-class Pruned(NamedTuple):
-    """What became of a layer.
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """A sparsity of its own for some layers."""
+
+    layers: str  # shell pattern of layer names as in prune.json, such as *.attn2.to_k
+    sparsity: float = 0.0  # fraction removed, in [0, 1); 0 leaves these layers as they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How one component is pruned; made by `Wanda`, `SparseGPT` and the others below.
 
     Attributes:
-        keep: of every weight, in Flax's layout.
-        kernel: where the weights that stay have changed too.
-        loss: growth of the squared error of the outputs, of a solver; NaN where it fell back.
-        damping: of a solver.
-        output_error: of a solver: what the squares of the outputs' changes are of the outputs' own.
+        method: the criterion that scores weights, or the solver that chooses and compensates.
+        sparsity: fraction of the weights in scope that is removed, in [0, 1).
+        scope: which layers are in scope: one of `sites.SCOPES`, as `sites.prunable` explains them.
+        group: the weights that compete; None is what the method's paper compares. "component" is
+            all layers together, "normalised" too, each layer in units of its norm.
+        pattern: "n:m" removes n of every m consecutive inputs of an output.
+        allocation: whether all layers lose the same share or, by OWL, those with outliers less.
+        owl_multiple: a score above this multiple of the mean score is an outlier.
+        owl_lambda: half the range of the sparsities that OWL gives to layers, in [0, 0.5).
+        threshold: "rz" also removes what ties with the last weight removed, as Ramesh and Zhao do.
+        damping: what solvers add to the Gram matrix, as a fraction of its mean diagonal, in (0, 1].
+        overrides: layers with a sparsity of their own; of several that match, the first counts.
+            The other layers make up for them: `sparsity` is of all in scope. Under an n:m pattern
+            these lose weights anywhere instead.
+        band: for analysis: two quantiles, `sparsity` apart, between which scores are removed.
     """
 
-    keep: Bool[np.ndarray, "..."]
-    kernel: Float[np.ndarray, "..."] | None = None
-    loss: float | None = None
-    damping: float | None = None
-    output_error: float | None = None
+    method: Name
+    sparsity: float = 0.5
+    _: dataclasses.KW_ONLY
+    scope: str = "linear"
+    group: Group | None = None
+    pattern: Pattern = "unstructured"
+    allocation: Allocation = "uniform"
+    owl_multiple: float = 5.0
+    owl_lambda: float = 0.08
+    threshold: Threshold = "exact"
+    damping: float = 0.01
+    overrides: tuple[Override, ...] | None = None
+    band: tuple[float, float] | None = None
 
 
-def removed_of_each(
-    kernels: Kernels,
-    section: config.PruneComponent,
-    stats: Mapping[str, Stat],
-    sizes: Mapping[str, int] | None = None,
-) -> dict[str, int]:
-    """How many weights every layer loses; those that follow an n:m pattern are left out.
+Magnitude = partial(Method, "magnitude")
+"""Removes the smallest weights of every layer; needs no calibration."""
 
-    Args:
-        kernels: of layers that are pruned together.
-        section: of the component.
-        stats: what layers read, where the method asks for it.
-        sizes: weights of all layers in scope, by path; None if `kernels` are all of them.
-    """
-    sizes = sizes or {path: kernel.size for path, kernel in kernels.items()}
-    own = request.own_sparsities(sizes, section)
-    alone = {p: masks.num_removed(sizes[p], own[p]) for p in kernels if p in own}
-    if section.pattern != "unstructured":
-        return alone
-    others = {path: sizes[path] for path in kernels if path not in own}
-    sparsity = allocate.remaining(sizes, section.sparsity, own)
-    if section.threshold == "rz":
-        removed = allocate.each_floored(others, sparsity)
-    elif section.allocation == "uniform" or not others:
-        removed = allocate.uniform(others, sparsity)
-    else:
-        sparsities = _by_outliers(kernels, others, section, stats, sparsity)
-        removed = allocate.counts(others, sparsities)
-        # What is sparse enough already has other outliers than it had: it keeps its own shares.
-        zeros = {
-            path: min(size - int(np.count_nonzero(kernels[path])), size - 1)
-            for path, size in others.items()
-        }
-        if 0 < sum(removed.values()) <= sum(zeros.values()):
-            removed = zeros
-    return {path: (alone | removed)[path] for path in kernels}
+Random = partial(Method, "random")
+"""Removes weights drawn by the seed: the baseline of baselines."""
 
+Wanda = partial(Method, "wanda")
+"""Removes, in every output, the smallest |weight| x norm of its input."""
 
-def prune(
-    kernels: Kernels,
-    section: config.PruneComponent,
-    removed: Mapping[str, int],
-    stats: Mapping[str, Stat],
-    key: Key[Array, ""],
-) -> Iterator[tuple[str, Pruned]]:
-    """Yields every layer of `kernels`, pruned.
+SparseGPT = partial(Method, "sparsegpt")
+"""Removes weights block by block of inputs, and lets the later inputs make up for them."""
 
-    Args:
-        kernels: of the layers in scope; none is changed.
-        section: of the component.
-        removed: of `removed_of_each`; a component group takes their sum.
-        stats: what layers read, where the method asks for it.
-        key: of random scores.
-    """
-    if section.method in request.SOLVERS:
-        yield from _solve(kernels, section, removed, stats)
-        return
-    group = section.group or _GROUP[section.method]
+OBSDiff = partial(Method, "obsdiff")
+"""SparseGPT with the sampler's calls weighted, the last ones least; of the UNet alone."""
 
-    def score(path: str) -> Float[np.ndarray, "..."]:
-        """In torch's layout, whose order parts equal scores."""
-        kernel = kernels[path]
-        if section.method == "random":
-            found = np.asarray(scores.random(key, path, kernel))
-        elif group == "normalised":
-            found = _score(scores.normalised(kernel), section, stats.get(path))
-        else:
-            found = _score(kernel, section, stats.get(path))
-        return convert.to_torch(path, found)
+ALPS = partial(Method, "alps")
+"""Chooses all weights of a layer together and fits those that stay; pays from 60 % sparsity."""
 
-    if section.pattern != "unstructured":
-        n, m = request.n_and_m(section.pattern)
-        for path in [path for path in kernels if path not in removed]:
-            found = jnp.asarray(convert.from_torch(path, score(path)))
-            yield path, Pruned(np.asarray(patterns.n_of_m(found, n, m)))
-    if section.band:
-        found = ((path, _outside(score(path), *section.band, group)) for path in kernels)
-    elif group == "output":
-        found = (
-            (path, masks.lowest_per_output(jnp.asarray(score(path)), n // kernels[path].shape[-1]))
-            for path, n in removed.items()
-        )
-    elif group == "layer" and section.method == "magnitude":  # bits are scores: no copy
-        found = masks.lowest_of_each(
-            {path: convert.to_torch(path, kernels[path]) for path in removed}, removed
-        )
-    elif group == "layer":
-        found = masks.lowest_of_each({path: score(path) for path in removed}, removed)
-    else:
-        found = global_threshold.lowest(score, list(kernels), sum(removed.values()))
-    for path, keep in found:
-        keep = np.asarray(keep)
-        if section.threshold == "rz":
-            keep = masks.without_ties(score(path), keep)
-        yield path, Pruned(convert.from_torch(path, keep))
-
-
-def _score(
-    kernel: Float[np.ndarray, "..."], section: config.PruneComponent, stats: Stat | None
-) -> Float[np.ndarray, "..."]:
-    if STATISTIC[section.method] is None:
-        return np.asarray(scores.magnitude(kernel))
-    if isinstance(stats, np.ndarray):
-        return np.asarray(scores.taylor(kernel, stats))
-    assert stats is not None
-    return np.asarray(scores.wanda(kernel, np.asarray(recorder.mean_square(stats))))
-
-
-def _by_outliers(
-    kernels: Kernels,
-    sizes: Mapping[str, int],
-    section: config.PruneComponent,
-    stats: Mapping[str, Stat],
-    sparsity: Fraction,
-) -> dict[str, Fraction]:
-    """By path of `sizes`, whose layers lose `sparsity` together: the blocks' own, by OWL."""
-    blocks, ratios = allocate.blocks(sizes), {}
-    for name, paths in blocks.items():
-        found = [_score(kernels[path], section, stats.get(path)) for path in paths]
-        ratios[name] = allocate.outlier_ratio(found, section.owl_multiple)
-    in_block = {name: sum(sizes[p] for p in paths) for name, paths in blocks.items()}
-    sparsities = allocate.owl(ratios, in_block, sparsity, section.owl_lambda)
-    of_layer = {path: sparsities[name] for name, paths in blocks.items() for path in paths}
-    return {path: of_layer[path] for path in sizes}
-
-
-def _outside(
-    scores: Float[np.ndarray, "n_out n_in *taps"], low: float, high: float, group: str
-) -> Bool[np.ndarray, "n_out n_in *taps"]:
-    """What a band of a layer, or of each of its outputs, leaves."""
-    keep = functools.partial(patterns.band, low=low, high=high)
-    if group == "layer":
-        return np.asarray(keep(jnp.asarray(scores)))
-    rows = jnp.asarray(scores).reshape(len(scores), -1)
-    return np.asarray(jax.vmap(keep)(rows)).reshape(scores.shape)
-
-
-def _solve(
-    kernels: Kernels,
-    section: config.PruneComponent,
-    removed: Mapping[str, int],
-    stats: Mapping[str, Stat],
-) -> Iterator[tuple[str, Pruned]]:
-    # What is sparse already gets no weight back.
-    unstructured: Any = functools.partial(obs.unstructured, preserve_zeros=True)
-    n_of_m: Any = functools.partial(obs.n_of_m, preserve_zeros=True)
-    if section.method == "alps":
-        unstructured = functools.partial(alps.unstructured, damping=section.damping)
-        n_of_m = functools.partial(alps.n_of_m, damping=section.damping)
-    factors: dict[int, obs.Factor] = {}  # layers that read the same share it
-    for path, kernel in kernels.items():
-        if removed.get(path) == 0:
-            nothing = np.ones(kernel.shape, bool)  # not even weights of inputs that are always 0
-            yield path, Pruned(nothing, loss=0.0, output_error=0.0)
-            continue
-        found = stats[path]
-        assert isinstance(found, LayerStats)
-        seen: LayerStats | obs.Factor = found
-        if section.method != "alps":
-            moment = id(found.moment)
-            if moment not in factors:
-                factors[moment] = obs.factorise(found, section.damping)
-            seen = factors[moment]
-        flat = jnp.asarray(kernel, jnp.float32).reshape(-1, kernel.shape[-1])
-        if path in removed:
-            solution = unstructured(flat, seen, removed[path])
-        else:
-            solution = n_of_m(flat, seen, *request.n_and_m(section.pattern))
-        if solution.method == "magnitude":
-            logging.warning("%s: no factor even with damping 1, so by magnitude", path)
-        yield (
-            path,
-            Pruned(
-                np.asarray(solution.keep).reshape(kernel.shape),
-                np.asarray(solution.kernel).reshape(kernel.shape),
-                float(solution.loss),
-                float(solution.damping),
-                float(obs.relative_error(flat, solution.kernel, found)),
-            ),
-        )
+Taylor = partial(Method, "taylor")
+"""Removes the weights that change the denoising loss least, to first order; of the UNet alone."""

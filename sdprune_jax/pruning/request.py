@@ -1,64 +1,67 @@
-"""What a section asks of the layers in scope: refused before any work if it cannot be."""
+"""What a method asks of the layers in scope: refused before any work if it cannot be."""
 
 import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from sdprune_jax import UserError, config
+from sdprune_jax import UserError
 from sdprune_jax.files import convert
 from sdprune_jax.pruning import allocate, patterns
+from sdprune_jax.pruning.methods import LEGAL, SOLVERS, Method
 from sdprune_jax.scoring import masks
 
-SOLVERS = ("sparsegpt", "obsdiff", "alps")  # which choose and compensate by blocks of their own
 
-
-def check(kernels: Mapping[str, Any], section: config.PruneComponent) -> None:
+def check(kernels: Mapping[str, Any], method: Method) -> None:
     """Refuses what cannot be done, before any work.
 
     Args:
         kernels: arrays or `jax.ShapeDtypeStruct`s of the layers in scope.
-        section: of the component.
 
     Raises:
         ValueError: naming the fields that clash, the overrides that match no layer, or the layers
             that do not fit the pattern.
     """
-    problems = []
-    group, pattern = section.group, section.pattern
-    if section.method in SOLVERS and group not in (None, "layer"):
+    group, pattern = method.group, method.pattern
+    values = {field: getattr(method, field) for field in LEGAL}
+    problems = [
+        f"{field} is {value!r}, expected one of {LEGAL[field]}"
+        for field, value in values.items()
+        if value not in LEGAL[field]
+    ]
+    if method.method in SOLVERS and group not in (None, "layer"):
         problems.append(
-            f"group={group} has no meaning for {section.method}, which has its own blocks"
+            f"group={group} has no meaning for {method.method}, which has its own blocks"
         )
-    rule = (section.method, group or "layer", pattern, section.allocation)
-    is_plain = not (section.overrides or section.band)
-    if section.method == "taylor" and group == "normalised":
+    rule = (method.method, group or "layer", pattern, method.allocation)
+    is_plain = not (method.overrides or method.band)
+    if method.method == "taylor" and group == "normalised":
         problems.append("group=normalised has no meaning for taylor, whose scores are of one scale")
-    if section.threshold == "rz" and (
+    if method.threshold == "rz" and (
         rule != ("magnitude", "layer", "unstructured", "uniform") or not is_plain
     ):
         problems.append("threshold=rz is a rule of uniform layer-wise magnitude only")
     if (group or "layer") not in ("layer", "output"):
-        if section.allocation == "owl":
+        if method.allocation == "owl":
             problems.append(
                 f"allocation=owl gives every layer its own sparsity; group={group} none"
             )
-        if section.overrides:
+        if method.overrides:
             problems.append(f"overrides give layers their own sparsity; group={group} none")
     if pattern != "unstructured":
         n, m = n_and_m(pattern)
-        if section.sparsity != n / m:
+        if method.sparsity != n / m:
             problems.append(f"pattern={pattern} removes {n / m:g}; set sparsity to that")
-        if section.allocation != "uniform" or group not in (None, "layer"):
+        if method.allocation != "uniform" or group not in (None, "layer"):
             problems.append(f"pattern={pattern} leaves nothing to allocate or to compare")
-    if section.band:
-        problems += _of_band(section)
+    if method.band:
+        problems += _of_band(method)
     own: Mapping[str, float] = {}
     sizes = {path: math.prod(kernel.shape) for path, kernel in kernels.items()}
     try:
-        own = own_sparsities(kernels, section)
+        own = own_sparsities(kernels, method)
         if pattern == "unstructured":
-            allocate.remaining(sizes, section.sparsity, own)
+            allocate.remaining(sizes, method.sparsity, own)
     except ValueError as error:
         problems.append(str(error))
     if problems:
@@ -73,22 +76,21 @@ def n_and_m(pattern: str) -> tuple[int, int]:
     return int(n), int(m)
 
 
-def own_sparsities(paths: Iterable[str], section: config.PruneComponent) -> dict[str, float]:
-    """By path, of the layers that `section.overrides` single out.
+def own_sparsities(paths: Iterable[str], method: Method) -> dict[str, float]:
+    """By path, of the layers that `method.overrides` single out.
 
     Args:
         paths: of all kernels in scope.
-        section: of the component.
 
     Raises:
         ValueError: naming the overrides that no layer is left for.
     """
     paths_of = {convert.torch_key(path).removesuffix(".weight"): path for path in paths}
-    rules = [(override.layers, override.sparsity) for override in section.overrides or ()]
+    rules = [(override.layers, override.sparsity) for override in method.overrides or ()]
     return {paths_of[name]: s for name, s in allocate.matched(rules, paths_of).items()}
 
 
-def num_removed(sizes: Mapping[str, int], section: config.PruneComponent) -> int:
+def num_removed(sizes: Mapping[str, int], method: Method) -> int:
     """How many weights a component is to lose.
 
     Ties of `rz` and the rounding of bands may differ, and groups of one output, as of Wanda, lose
@@ -96,32 +98,31 @@ def num_removed(sizes: Mapping[str, int], section: config.PruneComponent) -> int
 
     Args:
         sizes: weights of every layer in scope, by path.
-        section: of the component.
     """
-    if section.threshold == "rz":
-        return sum(allocate.each_floored(sizes, section.sparsity).values())
-    if section.pattern == "unstructured" or not section.overrides:
-        return masks.num_removed(sum(sizes.values()), section.sparsity)
-    own = own_sparsities(sizes, section)
+    if method.threshold == "rz":
+        return sum(allocate.each_floored(sizes, method.sparsity).values())
+    if method.pattern == "unstructured" or not method.overrides:
+        return masks.num_removed(sum(sizes.values()), method.sparsity)
+    own = own_sparsities(sizes, method)
     others = {path: size for path, size in sizes.items() if path not in own}
     alone = sum(masks.num_removed(sizes[path], sparsity) for path, sparsity in own.items())
-    return alone + sum(allocate.uniform(others, section.sparsity).values())
+    return alone + sum(allocate.uniform(others, method.sparsity).values())
 
 
-def _of_band(section: config.PruneComponent) -> list[str]:
+def _of_band(method: Method) -> list[str]:
     """What a band clashes with."""
-    band, problems = section.band or (), []
+    band, problems = method.band or (), []
     words = f"band={tuple(band)}"
     if len(band) != 2 or not 0 <= band[0] < band[1] <= 1 or band[1] - band[0] == 1:
         problems.append(f"{words} is no (low, high) with 0 <= low < high <= 1, less than all")
     elif (width := Fraction(str(band[1])) - Fraction(str(band[0]))) != Fraction(
-        str(section.sparsity)
+        str(method.sparsity)
     ):
         problems.append(f"{words} removes {float(width):g}; set sparsity to that")
-    if section.method in SOLVERS:
-        problems.append(f"{words} has no meaning for {section.method}, which has no scores")
-    if (section.group or "layer") not in ("layer", "output"):
-        problems.append(f"{words} is of every layer; group={section.group} compares layers")
-    if section.pattern != "unstructured" or section.allocation != "uniform" or section.overrides:
+    if method.method in SOLVERS:
+        problems.append(f"{words} has no meaning for {method.method}, which has no scores")
+    if (method.group or "layer") not in ("layer", "output"):
+        problems.append(f"{words} is of every layer; group={method.group} compares layers")
+    if method.pattern != "unstructured" or method.allocation != "uniform" or method.overrides:
         problems.append(f"{words} is the same in every layer: no pattern, allocation or overrides")
     return problems

@@ -20,7 +20,6 @@ class Setup:
     """What a compiled calibration depends on, beside the shapes of its arguments."""
 
     config: Any
-    dtype: Any
     mesh: Mesh
     layers: tuple[tuple[str, int], ...]  # path of the kernel, and number of inputs
     statistic: str
@@ -37,7 +36,7 @@ def add_texts(
     setup: Setup, params: Any, stats: Stats, ids: Int[Array, "b n"], weight: Float[Array, "b n"]
 ) -> Stats:
     """`stats` and what one batch of texts adds; tokens count by their weight."""
-    apply: Any = clip.TextTower(setup.config, setup.dtype).apply
+    apply: Any = clip.TextTower(setup.config).apply
     record = recorder.apply_and_record
     _, new = record(apply, params, (ids,), setup.paths, setup.statistic, weight)
     return _add(setup, stats, new)
@@ -58,7 +57,7 @@ def add_trajectories(
     key: Key[Array, ""],
 ) -> Stats:
     """`stats` and what denoising one batch adds; calls count by `alphas`, prompts by `weight`."""
-    apply: Any = unet.UNet(setup.config, setup.dtype).apply
+    apply: Any = unet.UNet(setup.config).apply
     if setup.guided:
         text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
         weight = jnp.concatenate([weight, weight])

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,8 +16,8 @@ from sdprune_jax.files import convert
 from sdprune_jax.files.model_directory import Model
 from sdprune_jax.models import clip, samplers, unet
 from sdprune_jax.scoring import accumulate, inputs, recorder
-from sdprune_jax.scoring.recorder import Stats
-from sdprune_jax.scoring.trajectory import Trajectory
+from sdprune_jax.scoring.recorder import LayerStats, Stats
+from sdprune_jax.scoring.settings import CalibrationSettings
 
 
 def text_statistics(
@@ -28,39 +27,33 @@ def text_statistics(
     ids: Int[np.ndarray, "prompts n"],
     paths: Sequence[str],
     statistic: str,
-    *,
-    batch_size: int = 32,
-    mask_pads: bool = True,
-    dtype: Any = jnp.float32,
+    settings: CalibrationSettings,
 ) -> Stats:
     """Runs prompts through the text encoder and sums what its layers read.
 
     Args:
-        config: of the text encoder.
-        params: of the text encoder.
+        config: architecture of the text encoder.
+        params: its parameters.
         mesh: batches are split over all of its axes.
-        ids: of the prompts, padded.
+        ids: tokens of the prompts, padded.
         paths: kernels of the layers to calibrate.
         statistic: "moments" or "gram".
-        batch_size: prompts at once, a multiple of the devices.
-        mask_pads: leave out what follows the end of a text. Ramesh and Zhao count it, and most of
-            the 77 tokens of a caption are such.
-        dtype: of the computation; statistics are float32.
+        settings: prompts at once, and whether pads count.
 
     Returns:
-        By kernel. Layers that read the same input hold the same arrays.
+        Statistics by kernel. Layers that read the same input hold the same arrays.
 
     Raises:
         ValueError: naming layers that read nothing, or a value that is not finite.
     """
-    _refuse_batch(len(ids), batch_size, mesh)
+    _refuse_batch(len(ids), settings.batch_size, mesh)
     groups = inputs.groups(paths)
     layers = _inputs_of_each(params, [group[0] for group in groups.values()])
-    setup = accumulate.Setup(config, dtype, mesh, layers, statistic)
+    setup = accumulate.Setup(config, mesh, layers, statistic)
     stats = accumulate.zeros(setup)
-    for rows, weight in _batches(len(ids), batch_size):
+    for rows, weight in _batches(len(ids), settings.batch_size):
         tokens = np.broadcast_to(weight[:, None], ids[rows].shape)
-        if mask_pads:
+        if settings.mask_pads:
             end = np.asarray(clip.end_of_text(jnp.asarray(ids[rows]), config))
             tokens = tokens * (np.arange(ids.shape[1])[None] <= end[:, None])
         stats = accumulate.add_texts(setup, params, stats, *_split(mesh, ids[rows], tokens))
@@ -71,13 +64,11 @@ def unet_statistics(
     model: Model,
     params: Any,
     mesh: Mesh,
-    text: Float[np.ndarray, "prompts n d"],
-    negative: Float[np.ndarray, "1 n d"],
+    text: Float[np.ndarray, "rows n d"],
     paths: Sequence[str],
     statistic: str,
     key: Key[Array, ""],
-    trajectory: Trajectory,
-    dtype: Any = jnp.float32,
+    settings: CalibrationSettings,
 ) -> Stats:
     """Denoises from noise under each prompt and sums what layers read at every call.
 
@@ -87,91 +78,55 @@ def unet_statistics(
 
     Args:
         model: the configs of a diffusers directory.
-        params: of the UNet.
+        params: parameters of its UNet.
         mesh: batches are split over all of its axes.
-        text: last hidden states of the prompts.
-        negative: of the negative prompt.
+        text: last hidden states of the prompts and, in the last row, of the negative prompt.
         paths: kernels of the layers to calibrate.
         statistic: "moments" or "gram".
-        key: of the noise, and of the positions that are drawn.
-        trajectory: sampler, guidance and weights.
-        dtype: of the computation; statistics are float32.
+        key: draws the noise, and the positions that Gram matrices of convolutions read.
+        settings: sampler, guidance and weights.
 
     Returns:
-        By kernel. Layers that read the same input hold the same arrays.
+        Statistics by kernel. Layers that read the same input hold the same arrays.
 
     Raises:
         ValueError: naming layers that read nothing, or a value that is not finite; or if the
             trajectory cannot be walked.
     """
-    _refuse_batch(len(text), trajectory.batch_size, mesh)
-    if not 0 < trajectory.position_fraction <= 1:
-        raise UserError(f"position_fraction is in (0, 1], got {trajectory.position_fraction}")
-    table = samplers.timetable(model.schedule, trajectory.sampler, trajectory.num_steps)
-    alphas = trajectory.weights(len(table.timestep))
-    guided = trajectory.guidance_scale > 1
+    _refuse_batch(len(text) - 1, settings.batch_size, mesh)
+    if not 0 < settings.position_fraction <= 1:
+        raise UserError(f"position_fraction is in (0, 1], got {settings.position_fraction}")
     groups = inputs.groups(paths)
-    found: Stats = {}
+    stats: Stats = {}
     if any(name in groups for name in inputs.TIME):
-        num = model.schedule.num_train_timesteps
-        weight = jnp.asarray(trajectory.weights(num)[::-1])  # timestep 0 is the last
-        read = inputs.of_time(model.unet, params, num, dtype)
-        found = {
-            name: accumulate.of_rows(x, weight, statistic)
-            for name, x in read.items()
-            if name in groups
-        }
+        stats |= _time_statistics(model, params, statistic, settings)
     if inputs.TEXT in groups:
-        parts = [(text[r], w) for r, w in _batches(len(text), trajectory.batch_size)]
-        if guided:
-            parts.append((negative, np.full(1, len(text), np.float32)))
-        found[inputs.TEXT] = functools.reduce(
-            partial(jax.tree.map, jnp.add),
-            (
-                accumulate.of_rows(jnp.asarray(x, dtype), jnp.asarray(w * alphas.sum()), statistic)
-                for x, w in parts
-            ),
-        )
-    leaders = {name: group[0] for name, group in groups.items() if name not in found}
+        stats[inputs.TEXT] = _text_state_statistics(model, text, statistic, settings)
+    leaders = {name: group[0] for name, group in groups.items() if name not in stats}
     if leaders:
-        setup = _walk(model, params, mesh, list(leaders.values()), statistic, trajectory, dtype)
-        shape = _noise_shape(model, trajectory)
-        noise_key, position_key = jax.random.split(key)
-        stats = accumulate.zeros(setup)
-        for rows, weight in _batches(len(text), trajectory.batch_size):
-            noise = pipeline.image_noise(noise_key, jnp.asarray(rows), shape)
-            stats = accumulate.add_trajectories(
-                setup, params, stats, *_split(mesh, noise, text[rows], weight),
-                jnp.asarray(negative), jax.tree.map(jnp.asarray, table), jnp.asarray(alphas),
-                jnp.float32(trajectory.guidance_scale), jax.random.fold_in(position_key, rows[0]),
-            )  # fmt: skip
-        found |= {name: stats[path] for name, path in leaders.items()}
-    return recorder.checked({path: found[name] for name, group in groups.items() for path in group})
+        setup = _setup(model, params, mesh, list(leaders.values()), statistic, settings)
+        walked = _walk(setup, model, params, text, key, settings)
+        stats |= {name: walked[path] for name, path in leaders.items()}
+    return recorder.checked({path: stats[name] for name, group in groups.items() for path in group})
 
 
 def lower_unet(
-    model: Model,
-    mesh: Mesh,
-    paths: Sequence[str],
-    statistic: str,
-    trajectory: Trajectory,
-    dtype: Any = jnp.float32,
+    model: Model, mesh: Mesh, paths: Sequence[str], statistic: str, settings: CalibrationSettings
 ) -> jax.stages.Lowered:
-    """What `unet_statistics` runs for every batch of prompts, from shapes alone.
+    """The program that `unet_statistics` runs for every batch of prompts, from shapes alone.
 
     Args:
         model: the configs of a diffusers directory.
-        mesh: of devices that need not be there.
+        mesh: its devices need not be there.
         paths: kernels to calibrate; at least one of them neither of time nor of text alone.
         statistic: "moments" or "gram".
-        trajectory: sampler and guidance.
-        dtype: of the computation.
+        settings: sampler and guidance.
     """
     apart = (*inputs.TIME, inputs.TEXT)  # read no picture
     leaders = [group[0] for name, group in inputs.groups(paths).items() if name not in apart]
-    params, size = unet.param_shapes(model.unet), trajectory.batch_size
-    setup = _walk(model, params, mesh, leaders, statistic, trajectory, dtype)
-    table = samplers.timetable(model.schedule, trajectory.sampler, trajectory.num_steps)
+    params, size = unet.param_shapes(model.unet), settings.batch_size
+    setup = _setup(model, params, mesh, leaders, statistic, settings)
+    table = samplers.timetable(model.schedule, settings.sampler, settings.num_steps)
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
     def shape(*axes: int, place: Any = whole) -> jax.ShapeDtypeStruct:
@@ -185,31 +140,78 @@ def lower_unet(
         lambda x, place: x.update(sharding=place), stats, sharding.fsdp_shardings(stats, mesh)
     )
     text = (model.text_encoder.max_position_embeddings, model.text_encoder.hidden_size)
+    batch = (shape(size, *axes, place=split) for axes in (_noise_shape(model, settings), text, ()))
+    calls = on_all(jax.tree.map(jnp.asarray, table)), shape(len(table.timestep)), shape()
+    key = on_all(jax.eval_shape(lambda: jax.random.key(0)))
     return accumulate.add_trajectories.lower(
-        setup, on_all(params), stats, shape(size, *_noise_shape(model, trajectory), place=split),
-        shape(size, *text, place=split), shape(size, place=split), shape(1, *text),
-        on_all(jax.tree.map(jnp.asarray, table)), shape(len(table.timestep)), shape(),
-        on_all(jax.eval_shape(lambda: jax.random.key(0))),
-    )  # fmt: skip
+        setup, on_all(params), stats, *batch, shape(1, *text), *calls, key
+    )
+
+
+def _time_statistics(
+    model: Model, params: Any, statistic: str, settings: CalibrationSettings
+) -> Stats:
+    """Statistics of the inputs of the time embedding's layers at all timesteps."""
+    num = model.schedule.num_train_timesteps
+    weight = jnp.asarray(settings.call_weights(num)[::-1])  # timestep 0 is the last
+    read = inputs.of_time(model.unet, params, num)
+    return {name: accumulate.of_rows(x, weight, statistic) for name, x in read.items()}
+
+
+def _text_state_statistics(
+    model: Model,
+    text: Float[np.ndarray, "rows n d"],
+    statistic: str,
+    settings: CalibrationSettings,
+) -> LayerStats:
+    """Statistics of the text states, which every call of the UNet reads."""
+    table = samplers.timetable(model.schedule, settings.sampler, settings.num_steps)
+    total = settings.call_weights(len(table.timestep)).sum()
+    parts = [(text[r], w) for r, w in _batches(len(text) - 1, settings.batch_size)]
+    if settings.guidance_scale > 1:
+        parts.append((text[-1:], np.full(1, len(text) - 1, np.float32)))
+    each = (accumulate.of_rows(jnp.asarray(x), jnp.asarray(w * total), statistic) for x, w in parts)
+    return functools.reduce(functools.partial(jax.tree.map, jnp.add), each)
 
 
 def _walk(
+    setup: accumulate.Setup,
+    model: Model,
+    params: Any,
+    text: Float[np.ndarray, "rows n d"],
+    key: Key[Array, ""],
+    settings: CalibrationSettings,
+) -> Stats:
+    """Statistics of the layers of `setup` along the trajectories of all prompts."""
+    table = samplers.timetable(model.schedule, settings.sampler, settings.num_steps)
+    alphas = jnp.asarray(settings.call_weights(len(table.timestep)))
+    calls = (jax.tree.map(jnp.asarray, table), alphas, jnp.float32(settings.guidance_scale))
+    noise_key, position_key = jax.random.split(key)
+    stats, shape = accumulate.zeros(setup), _noise_shape(model, settings)
+    for rows, weight in _batches(len(text) - 1, settings.batch_size):
+        noise = pipeline.image_noise(noise_key, jnp.asarray(rows), shape)
+        batch = _split(setup.mesh, noise, text[rows], weight)
+        drawn = jax.random.fold_in(position_key, rows[0])
+        stats = accumulate.add_trajectories(
+            setup, params, stats, *batch, jnp.asarray(text[-1:]), *calls, drawn
+        )
+    return stats
+
+
+def _setup(
     model: Model,
     params: Any,
     mesh: Mesh,
     paths: Sequence[str],
     statistic: str,
-    trajectory: Trajectory,
-    dtype: Any,
+    settings: CalibrationSettings,
 ) -> accumulate.Setup:
-    return accumulate.Setup(
-        model.unet, dtype, mesh, _inputs_of_each(params, paths), statistic,
-        trajectory.position_fraction, trajectory.guidance_scale > 1,
-    )  # fmt: skip
+    layers, guided = _inputs_of_each(params, paths), settings.guidance_scale > 1
+    return accumulate.Setup(model.unet, mesh, layers, statistic, settings.position_fraction, guided)
 
 
-def _noise_shape(model: Model, trajectory: Trajectory) -> tuple[int, int, int]:
-    height, width = trajectory.latent_size or (model.unet.sample_size,) * 2
+def _noise_shape(model: Model, settings: CalibrationSettings) -> tuple[int, int, int]:
+    height, width = settings.latent_size or (model.unet.sample_size,) * 2
     return height, width, model.unet.in_channels
 
 

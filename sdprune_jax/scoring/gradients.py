@@ -15,6 +15,7 @@ from sdprune_jax import UserError, config, pipeline, sharding
 from sdprune_jax.data import cache, emoji, pictures
 from sdprune_jax.files import model_directory
 from sdprune_jax.models import noise_schedule, unet
+from sdprune_jax.scoring.settings import GradientSettings
 from sdprune_jax.training import encoded
 
 
@@ -34,7 +35,7 @@ def of_pictures(
     model: model_directory.Model,
     params: Any,
     mesh: Mesh,
-    section: config.Gradients,
+    settings: GradientSettings,
     seed: int,
     variant: str | None = None,
 ) -> Sums:
@@ -44,13 +45,13 @@ def of_pictures(
         ValueError: as `sums`.
     """
     pairs = pictures.embedded("train")
-    rows = np.random.default_rng(seed).permutation(len(pairs.images))[: section.num_images]
+    rows = np.random.default_rng(seed).permutation(len(pairs.images))[: settings.num_images]
     pairs = emoji.Pairs(*(x[rows] for x in pairs))
     of_each = config.RouterData(captions_per_image=1)
     texts = pictures.prompts(of_each, pairs, "train", seed).texts
     found = encoded.examples(of_each, model, pairs, texts, mesh, None, variant)
     latents = found.mean[:, 0] * np.float32(model.vae.scaling_factor)
-    return sums(model, params, mesh, latents, found.states, section, seed)
+    return sums(model, params, mesh, latents, found.states, settings, seed)
 
 
 def sums(
@@ -59,7 +60,7 @@ def sums(
     mesh: Mesh,
     latents: Float[np.ndarray, "images h w c"],
     text: Float[np.ndarray, "images n d"],
-    section: config.Gradients,
+    settings: GradientSettings,
     seed: int,
 ) -> Sums:
     """Sums, over timesteps, the gradient of the loss of the same pictures under the same noise.
@@ -70,7 +71,7 @@ def sums(
         mesh: batches are split over all of its axes.
         latents: clean ones, scaled as the UNet knows them.
         text: states of the prompt of each.
-        section: timesteps, and where they end.
+        settings: timesteps, and where they end.
         seed: of the noise, which a picture has to itself.
 
     Raises:
@@ -79,9 +80,9 @@ def sums(
     Source: Diff-Pruning (https://arxiv.org/abs/2305.10924), algorithm 1: steps from the clean
         picture on, up to the first whose loss is below a share of the largest.
     """
-    if section.batch_size % mesh.size:
+    if settings.batch_size % mesh.size:
         raise UserError(
-            f"gradients.batch_size is {section.batch_size}, expected a multiple of the"
+            f"gradients.batch_size is {settings.batch_size}, expected a multiple of the"
             f" {mesh.size} devices"
         )
     alphas = noise_schedule.alphas_cumprod(model.schedule).astype(np.float32)
@@ -89,10 +90,10 @@ def sums(
     shardings = sharding.fsdp_shardings(model_directory.param_shapes(model, "unet"), mesh)
     params = sharding.place(params, shardings)
     total, losses = _zeros(setup, params), []
-    for step in range(section.num_timesteps):
-        timestep = step * len(alphas) // section.num_timesteps
+    for step in range(settings.num_timesteps):
+        timestep = step * len(alphas) // settings.num_timesteps
         grads, loss = _zeros(setup, params), 0.0
-        for rows in cache.in_batches(len(latents), section.batch_size):
+        for rows in cache.in_batches(len(latents), settings.batch_size):
             weight = np.zeros(len(rows), np.float32)  # a row that fills up the batch has none
             weight[: len(set(rows.tolist()))] = 1 / len(latents)
             noise = pipeline.image_noise(jax.random.key(seed), jnp.asarray(rows), latents.shape[1:])
@@ -101,7 +102,7 @@ def sums(
             at = jnp.int32(timestep), jnp.float32(alphas[timestep])
             grads, part = _add(setup, params, grads, *batch, *at)
             loss += float(part)
-        if loss < section.loss_threshold * max(losses, default=0):
+        if loss < settings.loss_threshold * max(losses, default=0):
             logging.info("timesteps from %d on have too small a loss to count", timestep)
             break
         losses.append(loss)

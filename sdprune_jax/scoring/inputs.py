@@ -39,13 +39,13 @@ def groups(paths: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-@partial(jax.jit, static_argnames=("config", "num", "dtype"))
+@partial(jax.jit, static_argnames=("config", "num"))
 def of_time(
-    config: unet.UNetConfig, params: Any, num: int, dtype: Any
+    config: unet.UNetConfig, params: Any, num: int
 ) -> dict[str, Float[Array, "timesteps _"]]:
     """What the layers of the time embedding read at timesteps 0 to `num - 1`, by `input_of`."""
     width, found = config.block_out_channels[0], {}
-    apply: Any = nn.Dense(4 * width, dtype=dtype).apply
+    apply: Any = nn.Dense(4 * width).apply
     x = layers.timestep_embedding(
         jnp.arange(num), width, config.flip_sin_to_cos, config.freq_shift
     )  # fmt: skip

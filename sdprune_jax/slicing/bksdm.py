@@ -10,13 +10,14 @@ Source: BK-SDM (https://arxiv.org/abs/2305.15798), section 3.1, and its authors'
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sdprune_jax import UserError, sites
 from sdprune_jax.files import convert
 from sdprune_jax.models import unet
 
-SIZES = ("base", "small", "tiny")
+Size = Literal["base", "small", "tiny"]
+SIZES = get_args(Size)
 
 
 def student(config: unet.UNetConfig, size: str) -> unet.UNetConfig:

@@ -14,18 +14,17 @@ from sdprune_jax import UserError, pipeline, sharding
 from sdprune_jax.data import cache
 from sdprune_jax.files import model_directory
 from sdprune_jax.models import samplers, unet
-from sdprune_jax.scoring.trajectory import Trajectory
+from sdprune_jax.scoring.settings import CalibrationSettings
 
 
 def score(
     model: model_directory.Model,
     params: Any,
     mesh: Mesh,
-    text: Float[np.ndarray, "prompts n d"],
-    negative: Float[np.ndarray, "1 n d"],
+    text: Float[np.ndarray, "rows n d"],
     names: Sequence[str],
     seed: int,
-    trajectory: Trajectory,
+    settings: CalibrationSettings,
 ) -> dict[str, Float64[np.ndarray, " 1"]]:
     """How far the latents of some prompts move, each block removed alone.
 
@@ -34,16 +33,15 @@ def score(
 
     Args:
         model: the configs of a diffusers directory.
-        params: of its UNet, float32.
+        params: float32 parameters of its UNet.
         mesh: batches are split over all of its axes.
-        text: last hidden states of the prompts.
-        negative: of the negative prompt.
-        names: of `sites.operators`.
-        seed: of the noise.
-        trajectory: sampler and guidance.
+        text: last hidden states of the prompts and, in the last row, of the negative prompt.
+        names: sites to remove, among those of `sites.operators`.
+        seed: draws the noise.
+        settings: sampler and guidance.
 
     Returns:
-        By name, one number, never negative.
+        One number by name, never negative.
 
     Raises:
         ValueError: if a batch does not divide among the devices.
@@ -51,20 +49,21 @@ def score(
     Source: LD-Pruner (https://arxiv.org/abs/2404.11936): the distance between the means of both
         sets of latents, and that between their standard deviations, summed.
     """
-    if trajectory.batch_size % mesh.size:
+    if settings.batch_size % mesh.size:
         raise UserError(
-            f"calibration.batch_size is {trajectory.batch_size}, expected a multiple of the"
+            f"calibration.batch_size is {settings.batch_size}, expected a multiple of the"
             f" {mesh.size} devices"
         )
-    sample, split = _make_sample(model, mesh, names, trajectory), sharding.batch_sharding(mesh)
+    sample, split = _make_sample(model, mesh, names, settings), sharding.batch_sharding(mesh)
     shardings = sharding.fsdp_shardings(model_directory.param_shapes(model, "unet"), mesh)
     params = sharding.place(params, shardings)
-    size = trajectory.latent_size or (model.unet.sample_size,) * 2
+    size = settings.latent_size or (model.unet.sample_size,) * 2
     shape, key = (*size, model.unet.in_channels), jax.random.key(seed)
+    text, negative = text[:-1], text[-1:]
 
     def statistics(gates: Float32[np.ndarray, " names"]) -> Float64[np.ndarray, "2 latent"]:
         found = []
-        for rows in cache.in_batches(len(text), trajectory.batch_size):
+        for rows in cache.in_batches(len(text), settings.batch_size):
             noise = pipeline.image_noise(key, jnp.asarray(rows), shape)
             placed = sharding.place((noise, text[rows]), split)
             latents = sharding.to_host(sample(params, *placed, negative, gates))
@@ -81,12 +80,12 @@ def score(
 
 
 def _make_sample(
-    model: model_directory.Model, mesh: Mesh, names: Sequence[str], trajectory: Trajectory
+    model: model_directory.Model, mesh: Mesh, names: Sequence[str], settings: CalibrationSettings
 ) -> Any:
     """`(params, noise, text, negative, gates) -> latents`, with a gate for each of `names`."""
     apply: Any = unet.UNet(model.unet).apply
-    guided = trajectory.guidance_scale > 1
-    table = samplers.timetable(model.schedule, trajectory.sampler, trajectory.num_steps)
+    guided = settings.guidance_scale > 1
+    table = samplers.timetable(model.schedule, settings.sampler, settings.num_steps)
     split = sharding.batch_sharding(mesh)
 
     @partial(jax.jit, in_shardings=(None, split, split, None, None), out_shardings=split)
@@ -110,7 +109,7 @@ def _make_sample(
             out = apply({"params": params}, x, timestep, text, own)
             if guided:
                 without, prompted = jnp.split(out, 2)
-                out = without + trajectory.guidance_scale * (prompted - without)
+                out = without + settings.guidance_scale * (prompted - without)
             return samplers.step(state, row, out), None
 
         state, _ = jax.lax.scan(call, samplers.start(noise), jax.tree.map(jnp.asarray, table))

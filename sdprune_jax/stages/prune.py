@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 
 from sdprune_jax import UserError, config, sharding, sites
 from sdprune_jax.data import cache, captions
-from sdprune_jax.files import convert, model_directory, tensors
-from sdprune_jax.pruning import component, methods, record, request
+from sdprune_jax.files import convert, model_directory, tensors, typed_json
+from sdprune_jax.pruning import component, record, request
+from sdprune_jax.pruning.methods import STATISTIC, Method, Override
 from sdprune_jax.scoring.calibration import Calibration
+from sdprune_jax.scoring.settings import CalibrationSettings, GradientSettings
 from sdprune_jax.stages import cost_card, inputs
 
 
@@ -50,36 +52,37 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     shapes = {
         name: model_directory.param_shapes(model, name) for name in model_directory.COMPONENTS
     }
-    sizes = {name: _num_parameters(tree) for name, tree in shapes.items()}
-    layers = {
-        name: sites.prunable(shapes[name], name, section.scope)
-        for name, section in sections.items()
-    }
-    for name, section in sections.items():
-        leaves = convert.flatten(shapes[name])
-        request.check({path: leaves[path] for path in layers[name]}, section)
+    methods = {name: method_of(section) for name, section in sections.items()}
+    for name, method in methods.items():
+        leaves, layers = (
+            convert.flatten(shapes[name]),
+            sites.prunable(shapes[name], name, method.scope),
+        )
+        request.check({path: leaves[path] for path in layers}, method)
     if jax.process_index() == 0:
         file.unlink(missing_ok=True)
     seconds = dict.fromkeys(("load", "calibrate", "select", "save", "verify"), 0.0)
-    pruned, done = {}, {}
-    for name, section in sections.items():
+    pruned: dict[str, Any] = {}
+    done: dict[str, record.ComponentRecord] = {}
+    for name, method in methods.items():
         start = time.perf_counter()
-        loaded = model_directory.load(model, name, variant=run.variant or None)
-        flat = {path: np.array(x) for path, x in convert.flatten(loaded).items()}
-        del loaded
+        params = model_directory.load(model, name, variant=run.variant or None)
+        params = jax.tree.map(np.array, params)  # ours to overwrite
         seconds["load"] += time.perf_counter() - start
-        calibration = Calibration(
-            run.prune.calibration, model, name, mesh, seed=run.seed, variant=run.variant
-        )
-        parts = calibration.parts(flat, layers[name], methods.STATISTIC[section.method])
         start = time.perf_counter()
-        done[name] = component.prune_component(flat, layers[name], section, parts, run.seed)
+        calibration = open_calibration(
+            run.prune.calibration, model, name, mesh, run.seed, run.variant
+        )
+        pruned[name], done[name] = component.prune_component(
+            params, name, method, calibration.parts, seed=run.seed, in_place=True
+        )
         seconds["select"] += time.perf_counter() - start - calibration.seconds
         seconds["calibrate"] += calibration.seconds
-        pruned[name] = convert.unflatten(flat, shapes[name])
+        zeros, before = done[name].zeros, done[name].zeros_before
+        num_layers = len(done[name].layers)
         logging.info(
             "%s: %d zeros in %d layers, of which %d were there before",
-            name, done[name]["zeros"], len(layers[name]), done[name]["zeros_before"],
+            name, zeros, num_layers, before,
         )  # fmt: skip
 
     start = time.perf_counter()
@@ -89,44 +92,36 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     )
     seconds["save"] = time.perf_counter() - start
     start = time.perf_counter()
+    total = sum(leaf.size for tree in shapes.values() for leaf in jax.tree.leaves(tree))
     for name, tree in pruned.items():
-        stored = record.verify(output, name, tree, dtype)
-        done[name]["underflow_zeros"] = stored - done[name].pop("all_zeros")
+        done[name] = dataclasses.replace(
+            done[name],
+            of_pipeline=done[name].zeros / total,
+            underflow_zeros=record.verify(output, name, tree, dtype),
+        )
     seconds["verify"] = time.perf_counter() - start
-
-    total = sum(sizes.values())
-    for name, values in done.items():
-        values["parameters"] = sizes[name]
-        values["of_component"] = values["zeros"] / sizes[name]
-        values["of_pipeline"] = values["zeros"] / total
-    values = {
-        "made_from": made_from,
-        "model": run.model,
-        "directory": output.name,
-        "save_dtype": run.prune.save_dtype,
-        "seconds": {key: round(value, 3) for key, value in seconds.items() if value},
-        "pipeline_parameters": total,
-        "of_pipeline": sum(values["zeros"] for values in done.values()) / total,
-        "bytes": record.stored_bytes(model, output, pruned, run.variant or None),
-        "components": done,
-    }
+    values = record.PruneRecord(
+        made_from,
+        run.model,
+        output.name,
+        run.prune.save_dtype,
+        {key: round(value, 3) for key, value in seconds.items() if value},
+        total,
+        sum(part.zeros for part in done.values()) / total,
+        record.stored_bytes(model, output, pruned, run.variant or None),
+        done,
+    )
     if jax.process_index() == 0:
-        tensors.write_json(file, values)
+        tensors.write_json(file, typed_json.to_json(values))
     sharding.wait_for_all(file.name)
     return output
-
-
-def _num_parameters(shapes: Any) -> int:
-    return sum(leaf.size for leaf in convert.flatten(shapes).values())
 
 
 def check(run: config.Run, num_devices: int) -> None:
     """Checks the model, the layers that each section names, prompts, batches and the sampler."""
     assert run.prune is not None
     sections = {name: getattr(run.prune, name) for name in ("text_encoder", "unet")}
-    calibrated = [
-        name for name, part in sections.items() if part and methods.STATISTIC[part.method]
-    ]
+    calibrated = [name for name, part in sections.items() if part and STATISTIC[part.method]]
     model, problems = inputs.check_model(run, reads_texts=bool(calibrated)), []
     for name, section in sections.items():
         if section:
@@ -134,7 +129,7 @@ def check(run: config.Run, num_devices: int) -> None:
             leaves = convert.flatten(shapes)
             layers = sites.prunable(shapes, name, section.scope)
             try:
-                request.check({path: leaves[path] for path in layers}, section)
+                request.check({path: leaves[path] for path in layers}, method_of(section))
                 if name in calibrated:
                     key = "prune.calibration"
                     inputs.check_calibration(run.prune.calibration, model, num_devices, key)
@@ -159,7 +154,7 @@ def plan(run: config.Run, planned: cost_card.Planned) -> str:
             cost_card.num_parameters(planned.shapes[name]),
             cost_card.prunable_sizes(planned.shapes[name], name, part.scope),
         )
-        removed = request.num_removed(sizes, part)
+        removed = request.num_removed(sizes, method_of(part))
         found = np.array([part.sparsity * count, removed, sum(sizes.values()), count])
         rule = f"{len(sizes)} {part.scope} layers, {part.threshold}"
         rows.append((name, rule, *_sparsities(found, pipeline)))
@@ -175,3 +170,33 @@ def _sparsities(found: Any, pipeline: int) -> list[str]:
     requested, zeros, prunable, component = found
     shares = (zeros / prunable, zeros / component, zeros / pipeline)
     return [f"{requested / component:.2%}", f"{int(zeros):,}", *(f"{x:.2%}" for x in shares)]
+
+
+def method_of(section: config.PruneComponent) -> Method:
+    """The method that a section of the config describes."""
+    values: dict[str, Any] = {f.name: getattr(section, f.name) for f in dataclasses.fields(Method)}
+    values = {name: float(x) if isinstance(x, int) else x for name, x in values.items()}
+    if section.overrides:
+        own = tuple(Override(o.layers, float(o.sparsity)) for o in section.overrides)
+        values["overrides"] = own
+    return Method(**values)
+
+
+def open_calibration(
+    section: config.Calibration,
+    model: model_directory.Model,
+    component: str,
+    mesh: Mesh,
+    seed: int,
+    variant: str,
+) -> Calibration:
+    """The calibration that a section of the config describes, with its prompts."""
+    values = {
+        f.name: getattr(section, f.name)
+        for f in dataclasses.fields(CalibrationSettings)
+        if hasattr(section, f.name)
+    }
+    values["gradients"] = GradientSettings(**dataclasses.asdict(section.gradients))
+    prompts = captions.prompts(section.prompts, "train", section.num_prompts, seed)
+    settings = CalibrationSettings(**values)
+    return Calibration(settings, model, component, mesh, prompts, seed, variant or None)

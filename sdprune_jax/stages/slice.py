@@ -6,6 +6,7 @@ what is compared is the architecture alone.
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from sdprune_jax.data import cache, captions, emoji, pictures
 from sdprune_jax.files import model_directory
 from sdprune_jax.slicing import criteria
 from sdprune_jax.stages import cost_card, inputs
+from sdprune_jax.stages.prune import open_calibration
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -43,8 +45,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     size = section.latent_size or train.images.shape[1] // model.vae.downscale
     dense = model_directory.load(model, "unet", dtype=np.float32, variant=run.variant or None)
     dense = jax.tree.map(np.asarray, dense)
-    task = criteria.Task(section, model, dense, (size, size), mesh, run.seed, run.variant)
-    made = criteria.CRITERIA[section.criterion](task)
+    calibration = open_calibration(section.calibration, model, "unet", mesh, run.seed, run.variant)
+    made = criteria.slice_unet(model, dense, _criterion(section, size), calibration, seed=run.seed)
 
     purpose = expert_files.Purpose(
         section.data, run.seed, run.variant, section.mac_counter, (size, size), "slice/cache"
@@ -56,7 +58,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         rows[split] = np.zeros(len(texts), np.int32)
     record = {
         "made_from": made_from,
-        "slice": {"criterion": section.criterion, "macs_budget": section.macs_budget} | made.said,
+        "slice": {"criterion": section.criterion, "macs_budget": section.macs_budget}
+        | made.details,
     }
     cut = expert_files.Cut(made.params, made.unet, made.kept)
     output = expert_files.write(run, model, dense, [cut], purpose, rows, section.save_dtype, record)
@@ -70,7 +73,8 @@ def check(run: config.Run, num_devices: int) -> None:
     assert section is not None
     model = inputs.check_model(run)
     pictures.load(section.data, "train")
-    criteria.check(section, model, pictures.size(section.data) // model.vae.downscale)
+    size = section.latent_size or pictures.size(section.data) // model.vae.downscale
+    criteria.check(model, _criterion(section, size))
     if section.criterion in ("taylor", "diff-pruning", "obs", "operators"):
         inputs.check_calibration(section.calibration, model, num_devices, "slice.calibration")
 
@@ -81,3 +85,11 @@ def plan(run: config.Run, planned: cost_card.Planned) -> str:  # noqa: ARG001
     share = f"{run.slice.macs_budget:.1%} of the UNet's MACs"
     is_fixed = run.slice.criterion.startswith("bksdm-")
     return f"slice: {run.slice.criterion}, to {'a fixed list of blocks' if is_fixed else share}"
+
+
+def _criterion(section: config.Slice, latent_size: int) -> criteria.Criterion:
+    """The criterion that the config describes."""
+    names = ("macs_budget", "mac_counter", "damping")
+    values: dict[str, Any] = {name: getattr(section, name) for name in names}
+    values |= {"name": section.criterion, "latent_size": (latent_size, latent_size)}
+    return criteria.Criterion(**values)

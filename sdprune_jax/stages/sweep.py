@@ -23,13 +23,15 @@ from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
 from sdprune_jax.files import convert, model_directory, tensors
 from sdprune_jax.models import samplers
 from sdprune_jax.pruning import request
+from sdprune_jax.scoring.calibration import Calibration
 from sdprune_jax.stages import cost_card, inputs
+from sdprune_jax.stages.prune import method_of, open_calibration
 from sdprune_jax.sweep import cliff, points, trial
 
 _KINDS = ("fid", "clip_score", "recall")  # of metrics; the others say the same at more cost
 
 _Row = dict[str, Any]
-_RowOf = Callable[[config.SweepPoint, int], _Row]  # of a point and a seed; measured if need be
+_RowOf = Callable[[points.Point, int], _Row]  # of a point and a seed; measured if need be
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -77,20 +79,27 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     elif jax.process_index() == 0:
         file.unlink(missing_ok=True)  # of another sweep, and so are the pictures
         shutil.rmtree(folder, ignore_errors=True)
+    all_points = points_of(section)
+
+    def calibration(component: str, seed: int) -> Calibration:
+        return open_calibration(section.calibration, model, component, mesh, seed, run.variant)
+
     bench = functools.cache(
-        lambda: trial.open_bench(run, mesh, model, protocol, asked, (edge, edge), folder)
+        lambda: trial.open_bench(
+            run, mesh, model, protocol, asked, (edge, edge), folder, all_points, calibration
+        )
     )
     seeds = range(run.seed, run.seed + section.num_seeds)
     row_of = functools.partial(_row_of, bench, values, file, section.num_kept)
     for seed in seeds:
         _dense_of(bench, values, file, seed)
-        for i, point in enumerate(section.points):
+        for i, point in enumerate(all_points):
             row_of(point, seed)
-            logging.info("seed %d: %d of %d points", seed, i + 1, len(section.points))
+            logging.info("seed %d: %d of %d points", seed, i + 1, len(all_points))
     if section.cliff:
         found = [
             _cliff_of(section.cliff, series, criterion, values, row_of, seeds)
-            for series in points.series(section.points)
+            for series in points.series(all_points)
             for criterion in (values["agreement"], trial.DISTANCE)
         ]
         if found != values["cliffs"]:
@@ -99,12 +108,26 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     return file
 
 
+def points_of(section: config.Sweep) -> list[points.Point]:
+    """The points that the config lists."""
+    return [
+        points.Point(
+            **{
+                name: method_of(part)
+                for name in points.COMPONENTS
+                if (part := getattr(point, name)) is not None
+            }
+        )
+        for point in section.points
+    ]
+
+
 def _row_of(
     bench: Callable[[], trial.Bench],
     values: dict[str, Any],
     file: pathlib.Path,
     num_kept: int,
-    point: config.SweepPoint,
+    point: points.Point,
     seed: int,
 ) -> _Row:
     key = cache.fingerprint(dataclasses.asdict(point), seed)
@@ -171,7 +194,7 @@ def _cliff_of(
         return float(np.mean(shares))
 
     found: dict[str, Any] = {
-        "component": series.component, "method": points.method(series.section),
+        "component": series.component, "method": points.label(series.method),
         "criterion": criterion, "limit": section.limit,
     }  # fmt: skip
     try:
@@ -203,12 +226,13 @@ def _refuse(
 ) -> None:
     """Raises for all that would end the sweep later, at once."""
     problems = needs.problems(section.measure, protocol, edge, "config.sweep.measure")
-    asked = {f"points[{i}]": point for i, point in enumerate(section.points)}
+    all_points = points_of(section)
+    asked = {f"points[{i}]": point for i, point in enumerate(all_points)}
     if section.cliff:  # bisected between points, or up to `highest`
-        found = enumerate(points.series(section.points))
+        found = enumerate(points.series(all_points))
         asked |= {f"cliff.highest, series {i}": s.point(section.cliff.highest) for i, s in found}
     for where, point in asked.items():
-        for name, part in points.sections(point).items():
+        for name, part in points.methods(point).items():
             shapes = model_directory.param_shapes(model, name)
             leaves = convert.flatten(shapes)
             layers = sites.prunable(shapes, name, part.scope)
@@ -242,10 +266,10 @@ def plan(run: config.Run, planned: cost_card.Planned) -> str:
     section, shapes = run.sweep, planned.shapes
     assert section is not None
     rows: list[cost_card.Row] = [("sweep", *points.COMPONENTS, "nominal", "true", "zeros")]
-    for i, point in enumerate(section.points):
-        parts = points.sections(point)
+    for i, point in enumerate(points_of(section)):
+        parts = points.methods(point)
         words = [
-            f"{parts[name].sparsity:g} {points.method(parts[name])}" if name in parts else "dense"
+            f"{parts[name].sparsity:g} {points.label(parts[name])}" if name in parts else "dense"
             for name in points.COMPONENTS
         ]
         found = points.expected(point, shapes)
@@ -254,7 +278,7 @@ def plan(run: config.Run, planned: cost_card.Planned) -> str:
     protocol = PROTOCOLS[section.measure.protocol]
     count = section.measure.num_images or protocol.num_images
     steps = section.num_steps or protocol.num_steps
-    cliffs = len(list(points.series(section.points))) if section.cliff else 0
+    cliffs = len(list(points.series(points_of(section)))) if section.cliff else 0
     total = count * section.num_seeds * (len(section.points) + 1)
     return "\n\n".join(
         [

@@ -6,11 +6,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sdprune_jax import config, sites
+from sdprune_jax import sites
 from sdprune_jax.files import convert
 from sdprune_jax.pruning import request
+from sdprune_jax.pruning.methods import Magnitude, Method
 
 COMPONENTS = ("text_encoder", "unet")  # that a point may prune; shares are of both together
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One configuration of a sweep; a component without a method stays dense."""
+
+    text_encoder: Method | None = None
+    unet: Method | None = None
 
 
 class Sparsity(NamedTuple):
@@ -32,35 +41,34 @@ class Series(NamedTuple):
     """Points of one component that differ in its sparsity alone."""
 
     component: str
-    section: config.PruneComponent  # its sparsity is of no point
+    method: Method  # its sparsity is of no point
     sparsities: tuple[float, ...]  # ascending
 
-    def point(self, sparsity: float) -> config.SweepPoint:
-        section = dataclasses.replace(self.section, sparsity=sparsity)
-        return config.SweepPoint(**{self.component: section})
+    def point(self, sparsity: float) -> Point:
+        return Point(**{self.component: dataclasses.replace(self.method, sparsity=sparsity)})
 
 
-def sections(point: config.SweepPoint) -> dict[str, config.PruneComponent]:
-    """By component, those that there are."""
+def methods(point: Point) -> dict[str, Method]:
+    """The method of each component that is pruned."""
     return {name: part for name in COMPONENTS if (part := getattr(point, name)) is not None}
 
 
-def method(section: config.PruneComponent) -> str:
+def label(method: Method) -> str:
     """A name of all that is not the sparsity, as short as the defaults allow."""
-    plain = config.PruneComponent()
-    words = [section.method if section.allocation == "uniform" else f"owl-{section.method}"]
+    plain = Magnitude()
+    words = [method.method if method.allocation == "uniform" else f"owl-{method.method}"]
     for name in ("scope", "group", "pattern", "threshold", "owl_multiple", "owl_lambda", "damping"):
-        value = getattr(section, name)
+        value = getattr(method, name)
         if value != getattr(plain, name):
             is_number = isinstance(value, int | float)
             words.append(f"{name.removeprefix('owl_')} {value:g}" if is_number else value)
-    if section.band:
-        words.append("band {:g} to {:g}".format(*section.band))
-    words += [f"{own.layers} at {own.sparsity:g}" for own in section.overrides or ()]
+    if method.band:
+        words.append("band {:g} to {:g}".format(*method.band))
+    words += [f"{own.layers} at {own.sparsity:g}" for own in method.overrides or ()]
     return ", ".join(words)
 
 
-def expected(point: config.SweepPoint, shapes: Mapping[str, Any]) -> Sparsity:
+def expected(point: Point, shapes: Mapping[str, Any]) -> Sparsity:
     """The sparsity of a point before it is pruned; ties and rounding may add to it or take away.
 
     Args:
@@ -68,31 +76,31 @@ def expected(point: config.SweepPoint, shapes: Mapping[str, Any]) -> Sparsity:
         shapes: parameters or `jax.ShapeDtypeStruct`s of each component.
     """
     zeros = 0
-    for name, section in sections(point).items():
+    for name, method in methods(point).items():
         flat = convert.flatten(shapes[name])
-        sizes = {p: flat[p].size for p in sites.prunable(shapes[name], name, section.scope)}
-        zeros += request.num_removed(sizes, section)
+        sizes = {p: flat[p].size for p in sites.prunable(shapes[name], name, method.scope)}
+        zeros += request.num_removed(sizes, method)
     return sparsity(point, shapes, zeros)
 
 
-def sparsity(point: config.SweepPoint, shapes: Mapping[str, Any], zeros: int) -> Sparsity:
+def sparsity(point: Point, shapes: Mapping[str, Any], zeros: int) -> Sparsity:
     """The sparsity of a point with as many zeros."""
     counts = {name: sum(x.size for x in jax.tree.leaves(shapes[name])) for name in COMPONENTS}
     total = sum(counts.values())
-    asked = sum(section.sparsity * counts[name] for name, section in sections(point).items())
+    asked = sum(method.sparsity * counts[name] for name, method in methods(point).items())
     return Sparsity(asked / total, zeros / total, zeros)
 
 
-def series(points: Iterable[config.SweepPoint]) -> Iterator[Series]:
+def series(points: Iterable[Point]) -> Iterator[Series]:
     """Those among points that can be bisected, in order: a pattern or a band has one sparsity."""
-    found: dict[tuple[str, str], tuple[config.PruneComponent, set[float]]] = {}
+    found: dict[tuple[str, str], tuple[Method, set[float]]] = {}
     for point in points:
-        parts = sections(point)
+        parts = methods(point)
         if len(parts) > 1:
             continue
-        ((name, section),) = parts.items()
-        if section.pattern == "unstructured" and not section.band:
-            key = repr(dataclasses.replace(section, sparsity=0.5))
-            found.setdefault((name, key), (section, set()))[1].add(section.sparsity)
-    for (name, _), (section, sparsities) in found.items():
-        yield Series(name, section, tuple(sorted(sparsities)))
+        ((name, method),) = parts.items()
+        if method.pattern == "unstructured" and not method.band:
+            key = repr(dataclasses.replace(method, sparsity=0.5))
+            found.setdefault((name, key), (method, set()))[1].add(method.sparsity)
+    for (name, _), (method, sparsities) in found.items():
+        yield Series(name, method, tuple(sorted(sparsities)))

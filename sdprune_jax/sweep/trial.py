@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,16 +17,17 @@ from sdprune_jax import config, pipeline, sharding, sites
 from sdprune_jax.evaluate import images, measuring, networks, scores, task
 from sdprune_jax.evaluate.protocols import Protocol
 from sdprune_jax.files import convert, model_directory
-from sdprune_jax.pruning import methods
-from sdprune_jax.pruning.component import prune_component
+from sdprune_jax.pruning.component import Calibrate, prune_component
+from sdprune_jax.pruning.methods import STATISTIC, Method
+from sdprune_jax.pruning.record import ComponentRecord
 from sdprune_jax.scoring.calibration import Calibration
+from sdprune_jax.scoring.recorder import Stat
 from sdprune_jax.sweep import cliff, points
 
 _AT_ONCE = 64  # latents in memory
 
 DISTANCE = "latent_mse_to_dense"
-_Stats = Mapping[str, methods.Stat]
-_Part = tuple[Sequence[str], _Stats]
+_Stats = Mapping[str, Stat]
 
 
 class Bench(NamedTuple):
@@ -45,6 +46,7 @@ class Bench(NamedTuple):
         params: of the dense model, by component, on the devices.
         flat: of the components that points prune, float32 arrays on the host by path.
         widest: by component and statistic, the layers of all points that need it.
+        calibration: of a component of the dense model, by its name and a seed.
         stats: of the dense model's layers, by component, statistic and seed; filled when asked
             for. Those of the last seed alone, where more exceed `calibration.max_gigabytes`.
     """
@@ -61,6 +63,7 @@ class Bench(NamedTuple):
     params: Mapping[str, Any]
     flat: Mapping[str, Mapping[str, np.ndarray]]
     widest: Mapping[tuple[str, str], list[str]]
+    calibration: Callable[[str, int], Calibration]
     stats: dict[tuple[str, str, int], _Stats | None]
 
 
@@ -72,6 +75,8 @@ def open_bench(
     asked: task.Task,
     size: tuple[int, int],
     folder: pathlib.Path,
+    all_points: Sequence[points.Point],
+    calibration: Callable[[str, int], Calibration],
 ) -> Bench:
     """Loads the dense model and the networks, and compiles nothing yet."""
     section = run.sweep
@@ -82,10 +87,10 @@ def open_bench(
     )  # fmt: skip
     widest: dict[tuple[str, str], list[str]] = {}
     pruned = set()
-    for point in section.points:
-        for name, part in points.sections(point).items():
+    for point in all_points:
+        for name, part in points.methods(point).items():
             pruned.add(name)
-            if statistic := methods.STATISTIC[part.method]:
+            if statistic := STATISTIC[part.method]:
                 layers = sites.prunable(model_directory.param_shapes(model, name), name, part.scope)
                 known = widest.get((name, statistic), [])
                 widest[name, statistic] = list(dict.fromkeys([*known, *layers]))
@@ -97,7 +102,7 @@ def open_bench(
     return Bench(
         run, mesh, model, protocol, size, asked, folder, sample,
         measuring.load_networks(section.measure, protocol, model),
-        params, flat, widest, {},
+        params, flat, widest, calibration, {},
     )  # fmt: skip
 
 
@@ -130,7 +135,7 @@ def dense(bench: Bench, seed: int, folder: pathlib.Path) -> dict[str, Any]:
 
 def trial(
     bench: Bench,
-    point: config.SweepPoint,
+    point: points.Point,
     seed: int,
     folder: pathlib.Path,
     of_dense: pathlib.Path,
@@ -146,13 +151,13 @@ def trial(
     """
     clock = [time.perf_counter()]
     params, parts, zeros = dict(bench.params), {}, 0
-    for name, section in points.sections(point).items():
-        params[name], done = prune(bench, name, section, seed)
-        zeros += done["zeros"]
+    for name, method in points.methods(point).items():
+        params[name], done = prune(bench, name, method, seed)
+        zeros += done.zeros
         parts[name] = {
-            "method": points.method(section), "scope": section.scope, "sparsity": section.sparsity,
-            "zeros": done["zeros"], "of_prunable": done["of_prunable"],
-            "settings": dataclasses.asdict(section),
+            "method": points.label(method), "scope": method.scope, "sparsity": method.sparsity,
+            "zeros": done.zeros, "of_prunable": done.of_prunable,
+            "settings": dataclasses.asdict(method),
         }  # fmt: skip
     clock.append(time.perf_counter())
     _render(bench, params, seed, folder)
@@ -174,16 +179,16 @@ def trial(
     }
 
 
-def failed(bench: Bench, point: config.SweepPoint, seed: int, why: str) -> dict[str, Any]:
+def failed(bench: Bench, point: points.Point, seed: int, why: str) -> dict[str, Any]:
     """The row of a point whose images are not finite, which has no figures."""
     found = points.expected(point, _shapes(bench))
     parts = {
         name: {
-            "method": points.method(section),
-            "scope": section.scope,
-            "sparsity": section.sparsity,
+            "method": points.label(method),
+            "scope": method.scope,
+            "sparsity": method.sparsity,
         }
-        for name, section in points.sections(point).items()
+        for name, method in points.methods(point).items()
     }
     return {
         "seed": seed, **found._asdict(), "components": parts, "figures": {}, "failed": why,
@@ -200,37 +205,23 @@ def keep(folder: pathlib.Path, num_images: int, num_kept: int) -> None:
 
 
 def prune(
-    bench: Bench, component: str, section: config.PruneComponent, seed: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    bench: Bench, component: str, method: Method, seed: int
+) -> tuple[dict[str, Any], ComponentRecord]:
     """A component of the dense model, pruned and on the devices, and what was done to it."""
     shapes = model_directory.param_shapes(bench.model, component)
-    layers = sites.prunable(shapes, component, section.scope)
-    dense = bench.flat[component]
-    flat = dict(dense) | {path: dense[path].copy() for path in layers}  # the rest is only read
-    done = prune_component(
-        flat, layers, section, _parts(bench, component, section, seed, layers, flat), seed
-    )
-    placed = sharding.fsdp_shardings(shapes, bench.mesh)
-    return sharding.place(convert.unflatten(flat, shapes), placed), done
+    dense = convert.unflatten(bench.flat[component], shapes)
+    calibrate = _calibrate(bench, component, method, seed)
+    pruned, done = prune_component(dense, component, method, calibrate, seed=seed)
+    return sharding.place(pruned, sharding.fsdp_shardings(shapes, bench.mesh)), done
 
 
-def _parts(
-    bench: Bench,
-    component: str,
-    section: config.PruneComponent,
-    seed: int,
-    layers: list[str],
-    flat: Mapping[str, np.ndarray],
-) -> Iterable[_Part]:
-    """Layers and what they read: once for all points, if all that fits in memory together."""
-    statistic = methods.STATISTIC[section.method]
+def _calibrate(bench: Bench, component: str, method: Method, seed: int) -> Calibrate | None:
+    """Gives what layers read: once for all points, if all that fits in memory together."""
+    statistic = STATISTIC[method.method]
     if statistic is None:
-        return [(layers, {})]
+        return None
     assert bench.run.sweep is not None
-    calibration = Calibration(
-        bench.run.sweep.calibration, bench.model, component, bench.mesh,
-        seed=seed, variant=bench.run.variant,
-    )  # fmt: skip
+    calibration = bench.calibration(component, seed)
     key, widest = (component, statistic, seed), bench.widest[component, statistic]
     if key not in bench.stats:
         fits = len(calibration.packages(widest, statistic)) == 1
@@ -245,8 +236,8 @@ def _parts(
         _forget(bench.stats, seed, bench.run.sweep.calibration.max_gigabytes)
     found = bench.stats[key]
     if found is None:
-        return calibration.parts(flat, layers, statistic)
-    return [(layers, {path: found[path] for path in layers})]
+        return calibration.parts
+    return lambda _, layers, __: [(layers, {path: found[path] for path in layers})]
 
 
 def _forget(

@@ -23,8 +23,9 @@ import numpy as np
 from sdprune_jax import pipeline, sharding, sites
 from sdprune_jax.files.model_directory import Model
 from sdprune_jax.models import clip, noise_schedule, samplers, unet, vae
-from sdprune_jax.scoring import calibrate, obs, trajectory
+from sdprune_jax.scoring import calibrate, obs
 from sdprune_jax.scoring.recorder import LayerStats
+from sdprune_jax.scoring.settings import CalibrationSettings
 from sdprune_jax.training import loop
 
 QUICK = unet.UNetConfig(
@@ -55,18 +56,19 @@ def _calibration(config: unet.UNetConfig, num_prompts: int, num_steps: int, roun
     params = jax.device_put(
         loop.init_params(shapes, 0), sharding.fsdp_shardings(shapes, mesh)
     )  # fmt: skip
-    walk = trajectory.Trajectory(num_steps=num_steps, batch_size=batch)
+    walk = CalibrationSettings(num_steps=num_steps, batch_size=batch)
     model = Model(
         clip.TextConfig(), config, vae.VAEConfig(), noise_schedule.Schedule(), pathlib.Path()
     )  # fmt: skip
     rng = np.random.default_rng(0)
     draw = lambda n: rng.normal(size=(n, 77, config.cross_attention_dim)).astype(np.float32)
     text, negative, key = draw(batch), draw(1), jax.random.key(0)
+    both_texts = np.concatenate([text, negative])
     linear, both = (sites.prunable(shapes, "unet", scope) for scope in ("linear", "linear+conv"))
 
     def statistics_of(paths: list[str], statistic: str) -> None:
         stats = calibrate.unet_statistics(
-            model, params, mesh, text, negative, paths, statistic, key, walk
+            model, params, mesh, both_texts, paths, statistic, key, walk
         )
         jax.block_until_ready(stats)
 
@@ -91,7 +93,7 @@ def _denoise(
     text: np.ndarray,
     negative: np.ndarray,
     key: jax.Array,
-    walk: trajectory.Trajectory,
+    walk: CalibrationSettings,
 ) -> None:
     table = samplers.timetable(model.schedule, walk.sampler, walk.num_steps)
     shape = (*(model.unet.sample_size,) * 2, 4)

@@ -12,19 +12,22 @@ import argparse
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import jax
 import numpy as np
 
-from sdprune_jax import config, sharding, sites
+from sdprune_jax import sharding, sites
+from sdprune_jax.data import captions
 from sdprune_jax.files import convert, model_directory
-from sdprune_jax.pruning import methods
+from sdprune_jax.pruning import selection
+from sdprune_jax.pruning.methods import Magnitude, Method
 from sdprune_jax.scoring import obs
 from sdprune_jax.scoring.calibration import Calibration
 from sdprune_jax.scoring.recorder import LayerStats
+from sdprune_jax.scoring.settings import CalibrationSettings
 
 METHODS = ("sparsegpt", "wanda", "magnitude")  # in the order expected
 
@@ -39,11 +42,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, help="of the sampler")
     parser.add_argument("--batch", type=int, default=20, help="prompts at once")
     arguments = parser.parse_args()
-    part = config.PruneComponent(arguments.sparsity, scope=arguments.scope)
-    section = config.Calibration(
-        num_prompts=arguments.prompts, num_steps=arguments.steps, batch_size=arguments.batch
-    )
-    found = dict(errors(arguments.model, arguments.component, part, section))
+    method = Magnitude(arguments.sparsity, scope=arguments.scope)
+    settings = CalibrationSettings(num_steps=arguments.steps, batch_size=arguments.batch)
+    prompts = captions.prompts("embedded", "train", arguments.prompts, 0)
+    found = dict(errors(arguments.model, arguments.component, method, settings, prompts))
     for name, row in found.items():
         print(f"{_cells(row)}  {name}{'' if row == sorted(row) else '  <- not in order'}")
     table = np.array(list(found.values()))
@@ -59,15 +61,20 @@ def main() -> None:
 
 
 def errors(
-    name: str, component: str, part: config.PruneComponent, section: config.Calibration
+    name: str,
+    component: str,
+    method: Method,
+    settings: CalibrationSettings,
+    prompts: Sequence[str],
 ) -> Iterator[tuple[str, list[float]]]:
     """Yields each layer's name and its relative errors, in the order of `METHODS`.
 
     Args:
-        name: of the model, as in `config.Run.model`.
+        name: directory of the model, or "embedded".
         component: "unet" or "text_encoder".
-        part: its sparsity and scope; the method is replaced.
-        section: prompts and steps.
+        method: sparsity and scope; each of `METHODS` takes its place.
+        settings: steps of the sampler, and prompts at once.
+        prompts: texts to calibrate on.
     """
     model, mesh = (
         model_directory.open_model(model_directory.directory_of(name)),
@@ -75,20 +82,18 @@ def errors(
     )
     loaded = convert.flatten(model_directory.load(model, component, dtype=np.float32))
     flat = {path: np.asarray(x) for path, x in loaded.items()}
-    layers = sites.prunable(model_directory.param_shapes(model, component), component, part.scope)
+    layers = sites.prunable(model_directory.param_shapes(model, component), component, method.scope)
     sizes = {path: flat[path].size for path in layers}
-    calibration = Calibration(section, model, component, mesh, seed=0, variant="")
+    calibration = Calibration(settings, model, component, mesh, prompts)
     for paths, stats in calibration.parts(flat, layers, "gram"):
         kernels = {path: flat[path] for path in paths}
         found: dict[str, list[float]] = {path: [] for path in paths}
-        for method in METHODS:
-            part = dataclasses.replace(part, method=method)
-            removed = methods.removed_of_each(kernels, part, stats, sizes)
-            for path, pruned in methods.prune(kernels, part, removed, stats, jax.random.key(0)):
-                kernel, read = (
-                    kernels[path] if pruned.kernel is None else pruned.kernel,
-                    stats[path],
-                )
+        for rule in METHODS:
+            one = dataclasses.replace(method, method=rule)
+            removed = selection.removed_of_each(kernels, one, stats, sizes)
+            for path, pruned in selection.prune(kernels, one, removed, stats, jax.random.key(0)):
+                kernel = kernels[path] if pruned.kernel is None else pruned.kernel
+                read = stats[path]
                 assert isinstance(read, LayerStats)
                 error = obs.relative_error(kernels[path], kernel * pruned.keep, read)
                 found[path].append(float(error))
