@@ -115,35 +115,39 @@ def _is_complete(output: Output, made_from: dict[str, Any]) -> bool:
 
 
 def require(output: Output, kind: type[T], model: Mapping[str, str] | None = None) -> T:
-    """Returns the record of an output that a stage needs.
+    """Returns the record, a dataclass `kind`, of an output that a stage needs; see `verify`."""
+    verify(output, model)
+    return read(output.record, kind)
+
+
+def verify(output: Output, model: Mapping[str, str] | None = None) -> None:
+    """Checks an output that a stage needs.
 
     Args:
-        output: of a stage before.
-        kind: the dataclass of its record.
+        output: what a stage before has written.
         model: state of the model of the run; None does not compare it.
 
     Raises:
         UserError: naming what is missing or damaged, or the other model that it was made from.
     """
+    sharding.shared(lambda: _verify(output, model))
 
-    def check() -> None:
-        if not output.record.is_file():
-            raise UserError(f"{output.record} is missing: {output.again()}")
-        values = _values(output.record)
-        if values.get("is_partial"):
-            raise UserError(f"{output.directory} was begun and not finished: {output.again()}")
-        if damage := _damage(output, values["files"]):
-            raise UserError(f"{'; '.join(damage)}: {output.again()}")
-        made_from = values["made_from"].get("model")
-        if model is not None and made_from is not None and made_from != model:
-            files = [line.split(" ")[0] for line in differences(made_from, dict(model))]
-            raise UserError(
-                f"{output.directory} was made from another model than config.model, which differs"
-                f" in {', '.join(files[:5])}: {output.again()}, or choose another workdir"
-            )
 
-    sharding.shared(check)
-    return read(output.record, kind)
+def _verify(output: Output, model: Mapping[str, str] | None) -> None:
+    if not output.record.is_file():
+        raise UserError(f"{output.record} is missing: {output.again()}")
+    values = _values(output.record)
+    if values.get("is_partial"):
+        raise UserError(f"{output.directory} was begun and not finished: {output.again()}")
+    if damage := _damage(output, values["files"]):
+        raise UserError(f"{'; '.join(damage)}: {output.again()}")
+    before = values["made_from"].get("model")
+    if model is not None and before is not None and before != model:
+        files = [line.split(" ")[0] for line in differences(before, model)]
+        raise UserError(
+            f"{output.directory} was made from another model than config.model, which differs in"
+            f" {', '.join(files[:5])}: {output.again()}, or choose another workdir"
+        )
 
 
 def read(record: pathlib.Path, kind: type[T]) -> T:
@@ -159,6 +163,11 @@ def identity(output: Output) -> str:
     """Returns what changes if an output does: a hash of its inputs and files."""
     values = sharding.shared(lambda: _values(output.record))
     return _hash([values["made_from"], values["files"]])
+
+
+def made_from(output: Output) -> dict[str, Any]:
+    """Returns what an output was made from, as its record says."""
+    return sharding.shared(lambda: _values(output.record)["made_from"])
 
 
 @contextlib.contextmanager

@@ -7,9 +7,11 @@ import pathlib
 import jax
 import numpy as np
 
-from sdprune_jax import config, sharding, sites
+from sdprune_jax import artefacts, config, sharding, sites
 from sdprune_jax.aptp import layout, router
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.aptp.records import RouterRecord
+from sdprune_jax.files import model_directory
+from sdprune_jax.files.weights import save_params
 from sdprune_jax.models import unet, vae
 
 UNET = unet.UNetConfig(
@@ -75,11 +77,17 @@ def write_router(workdir: pathlib.Path, model: model_directory.Model, **changes)
     shape = params["codes"].shape
     params["codes"] = rng.normal(-2.8, 1.0, size=shape).astype(np.float32)
     params["predictor"]["heads"]["bias"] -= np.float32(2.8)
-    (workdir / "router").mkdir(parents=True)
-    model_directory.save_params(workdir / "router", params, dtype=np.float32, name="model")
-    values = {
-        "made_from": "by hand", "model": str(model.directory), "variant": "", "seed": 0,
-        "embedding_dim": width, "latent_size": [8, 8], "section": dataclasses.asdict(section),
-    }  # fmt: skip
-    tensors.write_json(workdir / "router" / "router.json", values)
+    made_from = {"model": artefacts.model_state(model.directory), "by": "hand"}
+    with artefacts.writing(artefacts.output_of("router", workdir), made_from) as partial:
+        save_params(partial.directory, params, dtype=np.float32, name="model")
+        partial.record = RouterRecord(
+            str(model.directory), "", 0, width, [8, 8], dataclasses.asdict(section)
+        )
     return section
+
+
+def rewrite(output: artefacts.Output, change) -> None:
+    """Changes the values of a record, as a stage of other inputs would have written it."""
+    values = artefacts._values(output.record)
+    change(values)
+    artefacts._write(output.record, values)

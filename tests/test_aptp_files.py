@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sdprune_jax import config, sites
+from sdprune_jax import artefacts, config, sites
 from sdprune_jax.aptp import gates, layout, router, router_training
 from sdprune_jax.commands import aptp_files
 from sdprune_jax.commands import convert as tool
@@ -91,7 +91,7 @@ def test_router_predicts_and_cuts_as_the_published_one(model, tmp_path, capsys):
     found = router.predict(params, jnp.asarray(x), LAYOUT)
     np.testing.assert_allclose(found, np.concatenate(parts, axis=1), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(params["codes"], codes)
-    assert (section.num_codes, values["latent_size"]) == (3, [32, 32])
+    assert (section.num_codes, values.latent_size) == (3, [32, 32])
     costs = router_training.budget_costs(section, model, (32, 32))
     kept = router_training.kept_shares(jnp.asarray(soft), LAYOUT, costs)
     assert section.macs_budget == pytest.approx(float(kept.mean()), abs=5e-5)
@@ -99,9 +99,11 @@ def test_router_predicts_and_cuts_as_the_published_one(model, tmp_path, capsys):
 
     run = config.Run(workdir=str(tmp_path / "run"), model=str(model.directory))
     section.data.num_images = 8
-    record = tmp_path / "run" / "router" / "router.json"
-    values["section"]["data"] |= {"num_images": 8, "captions_per_image": 1}
-    record.write_text(json.dumps(values))
+    few = {"num_images": 8, "captions_per_image": 1}
+    aptp_model.rewrite(
+        artefacts.output_of("router", run.workdir),
+        lambda values: values["section"]["data"].update(few),
+    )
     run.assign = config.Assign("published", "stored", "none", fit_budget="none")
     output = assign.run(run, MESH)
     np.testing.assert_array_equal(np.load(output / "architectures.npy"), soft >= 0.5)
@@ -109,7 +111,7 @@ def test_router_predicts_and_cuts_as_the_published_one(model, tmp_path, capsys):
     with pytest.raises(ValueError, match="fit_budget moves logits"):
         assign.run(run, MESH)
     (tmp_path / "run" / "router" / "code_gates.npy").unlink()
-    with pytest.raises(ValueError, match="only routers of tools"):
+    with pytest.raises(ValueError, match=r"code_gates\.npy is missing"):
         assign.run(run, MESH)
 
 

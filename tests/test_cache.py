@@ -23,7 +23,7 @@ def test_rows_of_a_mean_weigh_the_same():
     assert rows(0, 4, 9) == []
 
 
-def test_directory_is_known_by_what_is_in_it(tmp_path, monkeypatch):
+def test_directory_is_known_by_what_is_in_it(tmp_path):
     here, copy = tmp_path / "here", tmp_path / "copy"
     (here / "unet").mkdir(parents=True)
     (here / "unet" / "weights").write_bytes(b"abc")
@@ -36,8 +36,20 @@ def test_directory_is_known_by_what_is_in_it(tmp_path, monkeypatch):
     (copy / "unet" / "weights").rename(copy / "weights")
     (copy / "weights").write_bytes(b"abc")
     assert cache.directory_state(copy) != state
-    monkeypatch.setattr(cache, "_LARGE", 2)
-    large = cache.directory_state(here)
-    assert large == cache.directory_state(here) != state
-    os.utime(here / "unet" / "weights", ns=(1, 1))
-    assert cache.directory_state(here) != large
+
+
+def test_arrays_that_were_damaged_are_computed_again(tmp_path):
+    made = []
+
+    def compute():
+        made.append(1)
+        return {"a": np.arange(6)}
+
+    for _ in range(2):
+        assert cache.cached(tmp_path, "latents", "k", compute)["a"].sum() == 15
+    path = tmp_path / "latents-k" / "a.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert cache.cached(tmp_path, "latents", "k", compute)["a"].sum() == 15
+    assert len(made) == 2

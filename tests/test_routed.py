@@ -12,7 +12,7 @@ import safetensors.numpy
 from PIL import Image
 
 from sdprune_jax import config, pipeline
-from sdprune_jax.aptp import assignment, routed
+from sdprune_jax.aptp import assignment, expert_files, routed
 from sdprune_jax.data import captions
 from sdprune_jax.evaluate import images, measuring, task
 from sdprune_jax.files import model_directory, tensors
@@ -235,15 +235,15 @@ def test_experts_that_do_not_belong_together_are_refused(model, work):
 
 
 def test_models_of_a_run_are_those_it_has_made(model, work):
-    directories = model_directory.models_of_run(str(model.directory), work)
+    directories = expert_files.models_of_run(str(model.directory), work)
     assert list(directories) == ["dense", "routed"]
     (work / "pruned").mkdir()
     (work / "experts" / "00_dense").mkdir()  # zero-padded: the same model in another shape
     (work / "experts" / "100").mkdir()
-    directories = model_directory.models_of_run(str(model.directory), work)
+    directories = expert_files.models_of_run(str(model.directory), work)
     assert list(directories) == ["dense", "pruned", "routed"]
     assert [path.name for path in directories["routed"]] == ["00", "01", "02", "100"]
     assert routed.Drawn(directories["routed"], np.array([2, 0, 2], np.int32)).parts() == [
         (work / "experts" / "00", [1]), (work / "experts" / "02", [0, 2]),
     ]  # fmt: skip
-    assert list(model_directory.models_of_run("embedded", work / "nowhere")) == ["dense"]
+    assert list(expert_files.models_of_run("embedded", work / "nowhere")) == ["dense"]

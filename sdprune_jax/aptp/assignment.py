@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,11 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int32
 
-from sdprune_jax import UserError, sites
+from sdprune_jax import UserError, artefacts, sites
 from sdprune_jax.aptp import expert_files, gates, router, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
+from sdprune_jax.aptp.records import AssignRecord, ExpertsRecord
 from sdprune_jax.data import cache
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.files import model_directory
 from sdprune_jax.training import encoded
 
 CODE_GATES = "code_gates.npy"  # beside a router that was not trained here: tools/convert.py
@@ -54,55 +55,53 @@ def nearest(
 def of_prompts(
     workdir: pathlib.Path, model: model_directory.Model, texts: Sequence[str], mesh: Mesh
 ) -> Int32[np.ndarray, " rows"]:
-    """The experts of any prompts, by the router and the balance of a finished `assign`.
+    """Returns the experts of any prompts, by the router and the balance of a finished `assign`.
 
-    Of a run with one expert all prompts are that one's, and no router is read.
+    If a run has one expert, all prompts are that one's, and no router is read.
 
     Raises:
-        ValueError: if the run has not finished it, or has trained another router or cut other
+        UserError: if the run has not finished `assign`, or has trained another router or cut other
             experts since.
     """
-    cut = model_directory.models_of_run(str(model.directory), workdir).get("routed", ())
+    cut = expert_files.models_of_run(str(model.directory), workdir).get("routed", ())
     if len(cut) == 1:
         return np.zeros(len(texts), np.int32)
-    values = read_assignment(workdir)
     params, trained, made = router_training.load(workdir, model, mesh)
-    check_assignment(workdir, values, made)
-    layout, directory = layout_of(sites.table(model.unet)), workdir / "assign"
-    cut_for = expert_files.record(workdir).get("assignment", values["made_from"])
-    if cut and (len(cut) != trained.num_codes or cut_for != values["made_from"]):
+    record = read_assignment(workdir)
+    assigned = artefacts.output_of("assign", workdir)
+    experts = artefacts.output_of("materialise", workdir)
+    is_cut_for = True
+    if experts.record.is_file():
+        of_experts = artefacts.read(experts.record, ExpertsRecord).assignment
+        is_cut_for = of_experts in (None, artefacts.identity(assigned))
+    if cut and not (is_cut_for and len(cut) == trained.num_codes):
         raise UserError(
             f"{workdir} has {len(cut)} experts of another assignment of prompts than its own: make"
             " them again, with --config.materialise=build"
         )
-    embedding = encoded.embeddings(
-        trained.data, model, texts, mesh, None, variant=made["variant"] or None
-    )
+    layout, directory = layout_of(sites.table(model.unet)), assigned.directory
+    embedding = encoded.embeddings(trained.data, model, texts, mesh, None, made.variant or None)
     code_gates = jnp.asarray(np.load(directory / "code_gates.npy"))
-    noise = values["section"]["route_noise"]
-    found = similarities(params, embedding, layout, code_gates, noise)
+    found = similarities(params, embedding, layout, code_gates, record.section["route_noise"])
     return nearest(found, np.load(directory / "offsets.npy"))
 
 
-def read_assignment(workdir: pathlib.Path) -> dict[str, Any]:
-    """The record of a finished `assign`.
+def read_assignment(workdir: pathlib.Path) -> AssignRecord:
+    """Returns the record of a finished `assign`.
 
     Raises:
-        ValueError: if there is none.
+        UserError: if there is none, it is damaged, or it is of another router than the run's.
     """
-    path = workdir / "assign" / "assign.json"
-    if not path.is_file():
+    output = artefacts.output_of("assign", workdir)
+    if not output.record.is_file():
         raise UserError(
-            f"{path.parent} has no assignment of prompts: make one with --config.assign=build"
+            f"{output.directory} has no assignment of prompts: make one with --config.assign=build"
         )
-    return tensors.read_json(path)
-
-
-def check_assignment(
-    workdir: pathlib.Path, assigned: Mapping[str, Any], router_record: Mapping[str, Any]
-) -> None:
-    if assigned["made_from"] != cache.fingerprint(assigned["section"], router_record["made_from"]):
+    record = artefacts.require(output, AssignRecord)
+    router_of_run = artefacts.identity(artefacts.output_of("router", workdir))
+    if artefacts.made_from(output)["router"] != router_of_run:
         raise UserError(
-            f"{workdir / 'assign'} is not of the router beside it: assign again,"
+            f"{output.directory} is not of the router beside it: assign again,"
             " --config.assign=build"
         )
+    return record

@@ -1,24 +1,22 @@
 """A set of experts on disk: stages `materialise` and `slice` write it, `finetune` reads it."""
 
 import dataclasses
+import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jaxtyping import Int32
 
-from sdprune_jax import UserError, config, sharding, sites
+from sdprune_jax import UserError, artefacts, config, sites
+from sdprune_jax.aptp.records import DenseRow, ExpertRow, ExpertsRecord
 from sdprune_jax.data import emoji, pictures
 from sdprune_jax.files import convert, model_directory, tensors
 from sdprune_jax.models import unet
 from sdprune_jax.sites import macs
-
-_RECORD = "experts.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +60,12 @@ class Experts(NamedTuple):
     """What a training of experts has to know.
 
     Attributes:
-        directories: of the experts, in their order.
+        directories: one an expert, in their order.
         data: pictures and prompts that they share.
-        seed: of these prompts.
-        rows: by split, the expert of every prompt.
+        seed: seed of the draw of these prompts.
+        rows: the expert of every prompt, by split.
         cache: where latents and text states are kept.
-        made_from: a fingerprint.
+        identity: changes if the experts do.
     """
 
     directories: list[pathlib.Path]
@@ -75,139 +73,126 @@ class Experts(NamedTuple):
     seed: int
     rows: dict[str, Int32[np.ndarray, " rows"]]
     cache: pathlib.Path
-    made_from: str
-
-
-def is_written(work: pathlib.Path, made_from: str) -> bool:
-    return is_complete(work / "experts", made_from, _RECORD)
+    identity: str
 
 
 def write(
-    run: config.Run,
+    directory: pathlib.Path,
     model: model_directory.Model,
     dense: Any,
     cuts: Iterable[Cut],
     purpose: Purpose,
     rows: Mapping[str, Int32[np.ndarray, " _rows"]],
     save_dtype: str,
-    record: Mapping[str, Any],
-) -> pathlib.Path:
-    """Writes `workdir/experts`, which appears when complete.
+) -> ExpertsRecord:
+    """Writes a set of experts.
 
     It has diffusers directories `00`, `01`, …, each with its prompts in `prompts.json`, and
-    `00_dense`, … of those that are padded; `experts_<split>.npy`, the expert of every prompt; and
-    `experts.json`, with MACs, parameters and `purpose`.
+    `00_dense`, … for those that are padded; and `experts_<split>.npy`, the expert of every prompt.
 
     Args:
-        run: whose experts they are.
-        model: that they are cut from.
+        directory: exists, and is empty.
+        model: configs of the model that experts are cut from.
         dense: parameters of its UNet.
         cuts: one expert after another, so that no two need to be in memory.
         purpose: what they are for.
-        rows: by split, the expert of every prompt.
-        save_dtype: of the weights.
-        record: more for `experts.json`, with at least `made_from`.
+        rows: the expert of every prompt, by split.
+        save_dtype: dtype of the weights in the files.
     """
-    output = pathlib.Path(run.workdir) / "experts"
     size, tokens = purpose.latent_size, model.text_encoder.max_position_embeddings
     count = lambda unet_config: macs.by_site(unet_config, size, tokens, purpose.mac_counter).total
-    whole, parameters = count(model.unet), _num_parameters(dense)
+    sites_of_dense = (*sites.table(model.unet), *sites.operators(model.unet))
+    whole = DenseRow(
+        count(model.unet),
+        _num_parameters(dense),
+        {site.name: site.units for site in sites_of_dense},
+    )
     texts = {
         split: pictures.prompts(
             purpose.data, pictures.load(purpose.data, split), split, purpose.seed
         ).texts
         for split in rows
     }
-    every = (*sites.table(model.unet), *sites.operators(model.unet))
-    units = {site.name: site.units for site in every}
-    partial, found = fresh(output), []
-    variant, dtype = purpose.variant or None, jnp.dtype(save_dtype)
+    experts = []
     for index, cut in enumerate(cuts):
         name = f"{index:02d}"
-        sliced = dataclasses.replace(model, unet=cut.unet)
-        model_directory.save(
-            sliced, {"unet": cut.params}, partial / name, dtype=dtype, variant=variant
+        _save(
+            directory / name,
+            dataclasses.replace(model, unet=cut.unet),
+            cut.params,
+            purpose,
+            save_dtype,
         )
         if cut.padded is not None:
-            model_directory.save(
-                model, {"unet": cut.padded}, partial / f"{name}_dense", dtype=dtype, variant=variant
-            )
+            _save(directory / f"{name}_dense", model, cut.padded, purpose, save_dtype)
         own = {
             split: [texts[split][row] for row in np.flatnonzero(of_prompt == index)]
             for split, of_prompt in rows.items()
         }
         if jax.process_index() == 0:
-            tensors.write_json(partial / name / "prompts.json", own)
-        cost = count(cut.unet)
-        found.append(
-            {
-                "directory": name,
-                "macs": cost,
-                "share_of_macs": cost / whole,
-                "parameters": _num_parameters(cut.params),
-                "share_of_parameters": _num_parameters(cut.params) / parameters,
-                "prompts": {split: len(prompts) for split, prompts in own.items()},
-                "kept": cut.kept,
-            }
+            tensors.write_json(directory / name / "prompts.json", own)
+        num_macs, parameters = count(cut.unet), _num_parameters(cut.params)
+        row = ExpertRow(
+            name,
+            num_macs,
+            num_macs / whole.macs,
+            parameters,
+            parameters / whole.parameters,
+            {split: len(prompts) for split, prompts in own.items()},
+            cut.kept,
         )
-    save_arrays(partial, {f"experts_{split}": of_prompt for split, of_prompt in rows.items()})
-    values = {
-        **record,
-        "model": run.model,
-        **dataclasses.asdict(purpose),
-        "text_tokens": tokens,
-        "dense": {"macs": whole, "parameters": parameters, "units": units},
-        "experts": found,
-    }
-    return finish(partial, output, _RECORD, values)
-
-
-def read(work: pathlib.Path) -> Experts:
-    """The experts of a run.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    directory = work / "experts"
-    if not (directory / _RECORD).is_file():
-        raise UserError(
-            f"{directory} has no experts: make them with --config.materialise=build, or one for"
-            " all prompts with --config.slice=build"
-        )
-    values = tensors.read_json(directory / _RECORD)
-    return Experts(
-        [directory / row["directory"] for row in values["experts"]],
-        config.RouterData(**values["data"]),
-        values["seed"],
-        {split: np.load(directory / f"experts_{split}.npy") for split in emoji.SPLITS},
-        work / values["cache"],
-        values["made_from"],
+        experts.append(row)
+    save_arrays(directory, {f"experts_{split}": of_prompt for split, of_prompt in rows.items()})
+    about: dict[str, Any] = dataclasses.asdict(purpose) | {"latent_size": list(size)}
+    return ExpertsRecord(
+        str(model.directory), **about, text_tokens=tokens, dense=whole, experts=experts
     )
 
 
-def record(work: pathlib.Path, name: str = f"experts/{_RECORD}") -> dict[str, Any]:
-    """What a stage has said of the experts of a run; empty if it has said nothing."""
-    return tensors.read_json(work / name) if (work / name).is_file() else {}
+def read(work: pathlib.Path, model: Mapping[str, str] | None = None) -> Experts:
+    """Returns the experts of a run.
 
+    Args:
+        work: directory of the run.
+        model: state of the model of the run; None does not compare it.
 
-def is_complete(output: pathlib.Path, made_from: str, name: str) -> bool:
-    """Whether a stage has written `output`, with its record `name`, from the same inputs."""
-    done = bool(sharding.of_first(lambda: tensors.is_record_of(output / name, made_from)))
-    if done:
-        logging.info("%s is complete: made from the same config and inputs", output)
-    return done
-
-
-def fresh(output: pathlib.Path) -> pathlib.Path:
-    """An empty directory to write in, which takes the name of `output` when complete.
-
-    Every process calls this and the functions that follow; the first one writes.
+    Raises:
+        UserError: if there are none, they are damaged, or they are cut from another model.
     """
-    partial = output.with_name(f"{output.name}.tmp")
-    if jax.process_index() == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir(parents=True)
-    return partial
+    output = artefacts.output_of("materialise", work)
+    if not output.record.is_file():
+        raise UserError(
+            f"{output.directory} has no experts: make them with --config.materialise=build, or one"
+            " for all prompts with --config.slice=build"
+        )
+    record = artefacts.require(output, ExpertsRecord, model)
+    return Experts(
+        [output.directory / row.directory for row in record.experts],
+        config.RouterData(**record.data),
+        record.seed,
+        {split: np.load(output.directory / f"experts_{split}.npy") for split in emoji.SPLITS},
+        work / record.cache,
+        artefacts.identity(output),
+    )
+
+
+def models_of_run(
+    model: str, workdir: str | os.PathLike[str]
+) -> dict[str, tuple[pathlib.Path, ...]]:
+    """Returns the directories of the models to compare: `dense`, and what the run has made.
+
+    `pruned` has one too; `routed` has one an expert, in their order: as it was fine-tuned, or, if
+    it had no prompts to learn from, as it was cut.
+    """
+    work = pathlib.Path(workdir)
+    models: dict[str, tuple[pathlib.Path, ...]] = {"dense": (model_directory.directory_of(model),)}
+    if (work / "pruned").is_dir():
+        models["pruned"] = (work / "pruned",)
+    paths = [*(work / "experts").glob("[0-9]*"), *(work / "finetuned").glob("[0-9]*")]
+    experts = {int(path.name): path for path in paths if path.name.isdigit()}
+    if experts:
+        models["routed"] = tuple(experts[index] for index in sorted(experts))
+    return models
 
 
 def save_arrays(directory: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -216,15 +201,15 @@ def save_arrays(directory: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> No
             np.save(directory / f"{name}.npy", array)
 
 
-def finish(
-    partial: pathlib.Path, output: pathlib.Path, name: str, values: dict[str, Any]
-) -> pathlib.Path:
-    if jax.process_index() == 0:
-        tensors.write_json(partial / name, values)
-        shutil.rmtree(output, ignore_errors=True)
-        partial.rename(output)
-    sharding.wait_for_all(output.name)
-    return output
+def _save(
+    directory: pathlib.Path,
+    model: model_directory.Model,
+    params: Any,
+    purpose: Purpose,
+    save_dtype: str,
+) -> None:
+    dtype, variant = jnp.dtype(save_dtype), purpose.variant or None
+    model_directory.save(model, {"unet": params}, directory, dtype=dtype, variant=variant)
 
 
 def _num_parameters(params: Any) -> int:

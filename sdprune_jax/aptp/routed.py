@@ -8,9 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from sdprune_jax import UserError
-from sdprune_jax.aptp import assignment, expert_files
-from sdprune_jax.data import cache
+from sdprune_jax import UserError, artefacts
+from sdprune_jax.aptp import assignment
 from sdprune_jax.files import model_directory
 
 Directories = Mapping[str, tuple[pathlib.Path, ...]]  # by model
@@ -45,27 +44,42 @@ class Drawn(NamedTuple):
         }
 
 
-def states(directories: Directories, workdir: pathlib.Path) -> dict[str, list[Any]]:
-    """What changes if a picture of a model may: its files and, of experts, who gets which prompt.
+def states(
+    directories: Directories, workdir: pathlib.Path, variant: str = ""
+) -> dict[str, list[Any]]:
+    """Returns what changes if a picture of a model may: its files and, with experts, the routing.
+
+    Args:
+        directories: from `models_of_run`.
+        workdir: directory of the run.
+        variant: variant of the dense model's files.
 
     Raises:
-        ValueError: if a fine-tuned expert is not of the experts that the run has now, or there are
-            several and no assignment.
+        UserError: if what the run made is damaged or was made from another model, if fine-tuned
+            experts are not those that the run has now, or if there are several and no assignment.
     """
-    found: dict[str, list[Any]] = {
-        name: [cache.directory_state(path) for path in paths] for name, paths in directories.items()
+    dense = artefacts.model_state(directories["dense"][0], variant)
+    outputs = {
+        stage: artefacts.output_of(stage, workdir) for stage in ("prune", "materialise", "finetune")
     }
-    paths = directories.get("routed", ())
-    cut = expert_files.record(workdir)
-    trained = expert_files.record(workdir, "finetuned/finetune.json")
-    if cut and trained and trained.get("made_from_experts", cut["made_from"]) != cut["made_from"]:
-        raise UserError(
-            f"{workdir / 'finetuned'} is of other experts than {workdir / 'experts'}: train them"
-            " with --config.finetune=build, or remove it"
-        )
-    if len(paths) > 1:
-        found["routed"].append(assignment.read_assignment(workdir)["made_from"])
-    return found
+    is_there = {stage: output.record.is_file() for stage, output in outputs.items()}
+    for stage, output in outputs.items():
+        if is_there[stage]:
+            artefacts.verify(output, dense)
+    if is_there["materialise"] and is_there["finetune"]:
+        trained = artefacts.made_from(outputs["finetune"])["experts"]
+        if trained != artefacts.identity(outputs["materialise"]):
+            raise UserError(
+                f"{workdir / 'finetuned'} is of other experts than {workdir / 'experts'}: train"
+                " them with --config.finetune=build, or remove it"
+            )
+    found: dict[str, list[Any]] = {"dense": [dense]}
+    for name in directories.keys() - {"dense"}:
+        found[name] = [artefacts.model_state(path) for path in directories[name]]
+    if len(directories.get("routed", ())) > 1:
+        assignment.read_assignment(workdir)
+        found["routed"].append(artefacts.identity(artefacts.output_of("assign", workdir)))
+    return {name: found[name] for name in directories}
 
 
 def models(

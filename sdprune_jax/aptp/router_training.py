@@ -9,16 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from sdprune_jax import UserError, config, sharding, sites
+from sdprune_jax import UserError, artefacts, config, sharding, sites
 from sdprune_jax.aptp import losses, router
 from sdprune_jax.aptp.gates import MEDIAN_NOISE, forward_gates, hard, soft_gates
 from sdprune_jax.aptp.layout import Layout, layout_of, to_gates
-from sdprune_jax.data import cache
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.aptp.records import RouterRecord
+from sdprune_jax.files import model_directory
+from sdprune_jax.files.weights import load_params
 from sdprune_jax.models import unet
 from sdprune_jax.sites import macs
 from sdprune_jax.training import distillation, encoded, loop
@@ -132,37 +132,32 @@ def make_loss(
 
 def load(
     workdir: pathlib.Path, model: model_directory.Model, mesh: Mesh
-) -> tuple[loop.Params, config.Router, dict[str, Any]]:
-    """The router of a run: parameters, the section that made it, and the rest of its record.
+) -> tuple[loop.Params, config.Router, RouterRecord]:
+    """Returns the router of a run: its parameters, the section that made it, and its record.
 
     Raises:
-        ValueError: if there is none, or it is of a UNet of other shapes. Of other files it warns.
+        UserError: if there is none, it is damaged, or it was trained for another model.
     """
-    directory = workdir / "router"
-    if not (directory / "router.json").is_file():
+    output = artefacts.output_of("router", workdir)
+    if not output.record.is_file():
         raise UserError(
-            f"{directory} has no finished router: train one first, with --config.router=build"
+            f"{output.directory} has no finished router: train one first, with"
+            " --config.router=build"
         )
-    values = tensors.read_json(directory / "router.json")
-    parts = values["section"]
-    section = config.Router(
-        **parts
-        | {
-            "data": config.RouterData(**parts["data"]),
-            "losses": config.RouterLosses(**parts["losses"]),
-        }
-    )
-    if values.get("model_state") not in (None, cache.directory_state(model.directory)):
-        logging.warning(
-            "the router in %s was trained with other files than those of %s: if they differ in"
-            " more than their times, train it again", directory, model.directory,
-        )  # fmt: skip
+    variant = artefacts.read(output.record, RouterRecord).variant
+    state = artefacts.model_state(model.directory, variant)
+    record = artefacts.require(output, RouterRecord, state)
+    parts: dict[str, Any] = {
+        "data": config.RouterData(**record.section["data"]),
+        "losses": config.RouterLosses(**record.section["losses"]),
+    }
+    section = config.Router(**record.section | parts)
     layout = layout_of(sites.table(model.unet))
     shape = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)
-    heads = {"kernel": shape(values["embedding_dim"], layout.size), "bias": shape(layout.size)}
+    heads = {"kernel": shape(record.embedding_dim, layout.size), "bias": shape(layout.size)}
     shapes = {"predictor": {"heads": heads}, "codes": shape(section.num_codes, layout.size)}
-    params = model_directory.load_params(directory, shapes, sharding=sharding.replicated(mesh))
-    return params, section, values
+    params = load_params(output.directory, shapes, sharding=sharding.replicated(mesh))
+    return params, section, record
 
 
 def _counts(assignment: Int[Array, " b"], num_codes: int) -> Float[Array, " k"]:

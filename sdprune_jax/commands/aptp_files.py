@@ -8,20 +8,20 @@ Source: https://github.com/rezashkv/diffusion_pruning (pdm/models, pdm/training/
 """
 
 import dataclasses
-import os
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from sdprune_jax import UserError, config, sites
+from sdprune_jax import UserError, artefacts, config, sites
 from sdprune_jax.aptp import assignment, gates, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
+from sdprune_jax.aptp.records import RouterRecord
 from sdprune_jax.data import cache
 from sdprune_jax.files import convert, model_directory, tensors
+from sdprune_jax.files.weights import save_params
 from sdprune_jax.models import unet
 
 _LATENT_SIZE = (32, 32)  # that the published budgets are of: 256 pixels
@@ -108,9 +108,9 @@ def write_pruning(
     Raises:
         ValueError: as `read_pruning`, or if there is a router in `target`.
     """
-    output = target / "router"
-    if output.exists():
-        raise UserError(f"{output} exists: choose another directory, or remove it")
+    output = artefacts.output_of("router", target)
+    if output.directory.exists():
+        raise UserError(f"{output.directory} exists: choose another directory, or remove it")
     layout = layout_of(sites.table(model.unet))
     found = read_pruning(source, layout)
     section = config.Router(
@@ -122,22 +122,21 @@ def write_pruning(
     keep = jnp.asarray(found.code_gates >= 0.5, jnp.float32)
     kept = np.asarray(router_training.kept_shares(keep, layout, costs))
     section.macs_budget = round(float(kept.mean()), 4)  # the budget asked for is not published
-    values = {
-        "made_from": cache.fingerprint(found.params, found.code_gates),
-        "model": str(model.directory),
-        "variant": "",
-        "seed": 0,
-        "embedding_dim": len(found.params["predictor"]["heads"]["kernel"]),
-        "latent_size": list(_LATENT_SIZE),
-        "section": dataclasses.asdict(section),
+    made_from = {
+        "model": artefacts.model_state(model.directory),
+        "pruning": cache.fingerprint(found.params, found.code_gates),
     }
-    partial = output.with_name("router.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model_directory.save_params(partial, found.params, dtype=np.float32, name="model")
-    np.save(partial / assignment.CODE_GATES, found.code_gates)
-    tensors.write_json(partial / "router.json", values)
-    os.replace(partial, output)
+    with artefacts.writing(output, made_from) as partial:
+        save_params(partial.directory, found.params, dtype=np.float32, name="model")
+        np.save(partial.directory / assignment.CODE_GATES, found.code_gates)
+        partial.record = RouterRecord(
+            model=str(model.directory),
+            variant="",
+            seed=0,
+            embedding_dim=len(found.params["predictor"]["heads"]["kernel"]),
+            latent_size=list(_LATENT_SIZE),
+            section=dataclasses.asdict(section),
+        )
     return (
         f"{len(kept)} codes, which keep {', '.join(f'{share:.3f}' for share in kept)} of the"
         " UNet's MACs at 256 pixels, as published; next: stages assign, with"

@@ -1,8 +1,8 @@
 """Arrays computed once and kept on disk, under a key of everything that they depend on."""
 
+import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sdprune_jax import sharding
+from sdprune_jax import artefacts, sharding
+from sdprune_jax.files import checksums
 
 Arrays = dict[str, np.ndarray]
-
-_LARGE = 2**26  # bytes, above which hashing a file would take long
 
 
 def fingerprint(*inputs: Any) -> str:
@@ -32,41 +31,39 @@ def fingerprint(*inputs: Any) -> str:
 
 
 def directory_state(directory: pathlib.Path) -> str:
-    """A hash of every file below a directory: of its name, and its content or, if large, its time.
+    """Returns a hash of the names and contents of all files below a directory.
 
     It is that of the first process, in all of them: hosts may have copies of their own.
     """
 
-    def state(path: pathlib.Path) -> list[Any]:
-        name, stat = str(path.relative_to(directory)), path.stat()
-        if stat.st_size > _LARGE:
-            return [name, stat.st_size, stat.st_mtime_ns]
-        return [name, stat.st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
-
-    def find() -> np.ndarray:
+    def state() -> str:
         files = sorted(path for path in directory.rglob("*") if path.is_file())
-        digest = fingerprint([state(path) for path in files])
-        return np.unpackbits(np.frombuffer(bytes.fromhex(digest), np.uint8))
+        names = [path.relative_to(directory).as_posix() for path in files]
+        return fingerprint(dict(zip(names, map(checksums.sha256, files), strict=True)))
 
-    return np.packbits(sharding.of_first(find, (64,))).tobytes().hex()
+    return sharding.shared(state)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheRecord:
+    """The record of arrays that are kept; it says no more than what they were computed from."""
 
 
 def cached(directory: pathlib.Path, name: str, key: str, compute: Callable[[], Arrays]) -> Arrays:
-    """The arrays `name`, read back if they were computed under the same key, else computed.
+    """Returns the arrays `name`, read back if they are whole and of the same key, else computed.
 
     Each is a file of its own, opened without being read: only the rows in use take memory. Every
     process calls it; the first one decides and writes, in a directory that all can read.
     """
     final = directory / f"{name}-{key}"
-    if not sharding.of_first(final.exists):
-        found = compute()  # by all: it may gather
-        if jax.process_index() == 0:
-            partial = directory / f"{name}-{key}.tmp{os.getpid()}"
-            partial.mkdir(parents=True, exist_ok=True)
-            for field, array in found.items():
-                np.save(partial / f"{field}.npy", array)
-            partial.rename(final)
-        sharding.wait_for_all(final.name)
+    output = artefacts.Output(f"cache of {name}", final, directory / f"{name}-{key}.json")
+    if not artefacts.is_complete(output, {"key": key}):
+        arrays = compute()  # by all: it may gather
+        with artefacts.writing(output, {"key": key}) as partial:
+            partial.record = CacheRecord()
+            if jax.process_index() == 0:
+                for field, array in arrays.items():
+                    np.save(partial.directory / f"{field}.npy", array)
     return {path.stem: np.load(path, mmap_mode="r") for path in sorted(final.glob("*.npy"))}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
-from sdprune_jax import UserError, config
+from sdprune_jax import UserError, config, sharding
 from sdprune_jax.data import cache, captioned, captions, cc3m, coco, emoji
+from sdprune_jax.files import checksums
 
 # Splits of the datasets that sdprune prepare-data writes. Neither has a test split with captions.
 _SPLITS: Mapping[str, Mapping[str, str]] = {
@@ -121,6 +123,20 @@ def prompts(
     return Prompts(texts, np.repeat(pairs.concept, count), np.repeat(pairs.style, count))
 
 
+def checksums_of(dataset: str, directory: str) -> dict[str, str]:
+    """Returns the checksum of every file that pictures and captions are read from, by name."""
+    folder = pathlib.Path(directory)
+    if dataset == "embedded":
+        folder = pathlib.Path(emoji.__file__).with_name("emoji64")
+    return sharding.shared(
+        lambda: {
+            path.relative_to(folder).as_posix(): checksums.sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+    )
+
+
 def state(pairs: emoji.Pairs | Stored) -> Any:
     """What a fingerprint of the pictures is made of."""
     return pairs.state if isinstance(pairs, Stored) else pairs.images
@@ -150,5 +166,6 @@ def _stored(dataset: str, directory: str, split: str, num_images: int, image_siz
         found, records=found.records[rows], positions=found.positions[rows]
     )  # fmt: skip
     texts = [captioned.row(found, i).captions for i in range(len(found.records))]
-    key = cache.fingerprint(dataset, directory, split, found.positions, image_size)
+    content = checksums_of(dataset, directory)
+    key = cache.fingerprint(dataset, content, split, found.positions, image_size)
     return Stored(Images(found, image_size), texts, key)

@@ -52,25 +52,6 @@ def directory_of(name: str) -> pathlib.Path:
     )
 
 
-def models_of_run(
-    model: str, workdir: str | os.PathLike[str]
-) -> dict[str, tuple[pathlib.Path, ...]]:
-    """The directories of the models to compare: of `dense`, and of what the run has made.
-
-    `pruned` has one too; `routed` has one an expert, in their order: as it was fine-tuned, or, if
-    it had no prompts to learn from, as it was cut.
-    """
-    work = pathlib.Path(workdir)
-    found: dict[str, tuple[pathlib.Path, ...]] = {"dense": (directory_of(model),)}
-    if (work / "pruned").is_dir():
-        found["pruned"] = (work / "pruned",)
-    paths = [*(work / "experts").glob("[0-9]*"), *(work / "finetuned").glob("[0-9]*")]
-    experts = {int(path.name): path for path in paths if path.name.isdigit()}
-    if experts:
-        found["routed"] = tuple(experts[index] for index in sorted(experts))
-    return found
-
-
 def open_model(directory: str | os.PathLike[str]) -> Model:
     """Reads and checks every config of a diffusers directory; weights are not touched.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,10 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 from sdprune_jax import UserError, artefacts, config, sites
 from sdprune_jax.aptp import assignment, balance, expert_files, gates, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
-from sdprune_jax.data import cache, emoji, pictures
-from sdprune_jax.files import model_directory
+from sdprune_jax.aptp.records import AssignRecord, SplitRecord
+from sdprune_jax.data import emoji, pictures
 from sdprune_jax.sites import macs
-from sdprune_jax.stages import cost_card
+from sdprune_jax.stages import cost_card, inputs
 from sdprune_jax.training import encoded
 
 _TOLERANCE = 0.02  # of the budget, beyond which a warning is due
@@ -35,31 +36,34 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """
     section, work = run.assign, pathlib.Path(run.workdir)
     assert section is not None
-    model = model_directory.open_model(model_directory.directory_of(run.model))
-    params, trained, values = router_training.load(work, model, mesh)
-    output = work / "assign"
-    made_from = cache.fingerprint(dataclasses.asdict(section), values["made_from"])
-    if expert_files.is_complete(output, made_from, "assign.json"):
-        return output
-
+    model, output = inputs.open_model(run), artefacts.output_of("assign", work)
+    params, trained, made = router_training.load(work, model, mesh)
+    made_from = {
+        "section": dataclasses.asdict(section),
+        "model": artefacts.model_state(model.directory, made.variant),
+        "router": artefacts.identity(artefacts.output_of("router", work)),
+        "pictures": pictures.checksums_of(trained.data.dataset, trained.data.directory),
+    }
+    if artefacts.is_complete(output, made_from):
+        return output.directory
     layout = layout_of(sites.table(model.unet))
     if section.final_codes == "stored":
         code_gates = _stored_gates(work / "router", section.fit_budget)
     else:
-        code_gates = _code_gates(params, layout, section.final_codes, values["seed"])
+        code_gates = _code_gates(params, layout, section.final_codes, made.seed)
     similarity, labels = {}, {}
     for split in emoji.SPLITS:
         pairs = pictures.load(trained.data, split)
-        prompts = pictures.prompts(trained.data, pairs, split, values["seed"])
+        prompts = pictures.prompts(trained.data, pairs, split, made.seed)
         embedding = encoded.embeddings(
             trained.data, model, prompts.texts, mesh, work / "router" / "cache",
-            values["variant"] or None,
+            made.variant or None,
         )  # fmt: skip
         similarity[split] = assignment.similarities(
             params, embedding, layout, code_gates, section.route_noise
         )
         labels[split] = prompts
-    costs = router_training.budget_costs(trained, model, tuple(values["latent_size"]))
+    costs = router_training.budget_costs(trained, model, (made.latent_size[0], made.latent_size[1]))
     offsets = np.zeros(trained.num_codes, np.float32)
     if section.balance == "optimal_transport":
         offsets = balance.offsets(similarity["train"])
@@ -70,7 +74,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     if section.fit_budget != "none":
         average = np.atleast_2d(counts / counts.sum())
         weights = average if section.fit_budget == "average" else np.eye(trained.num_codes)
-        logits, noise = _final_logits(params, section.final_codes, values["seed"])
+        logits, noise = _final_logits(params, section.final_codes, made.seed)
         shift, keep = balance.fit_budget(
             lambda shift: np.asarray(gates.soft_gates(logits + shift, noise, layout)) >= 0.5,
             lambda keep: weights @ _kept(keep, layout, costs),
@@ -79,35 +83,45 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         )
     kept = _kept(keep, layout, costs)
 
-    partial = expert_files.fresh(output)
+    splits = {}
+    for split, expert in experts.items():
+        figures = balance.figures(expert, kept, trained.macs_budget)
+        figures |= balance.information(expert, _labels(labels[split]))
+        splits[split] = SplitRecord(**figures)
+    _warn(splits, kept, trained.macs_budget, section.fit_budget)
     arrays = {"architectures": keep, "offsets": offsets, "code_gates": np.asarray(code_gates)}
-    of_prompts = {f"experts_{split}": found for split, found in experts.items()}
-    expert_files.save_arrays(partial, arrays | of_prompts)
-    report = {}
-    for split, found in experts.items():
-        report[split] = balance.figures(found, kept, trained.macs_budget)
-        report[split] |= balance.information(found, _labels(labels[split]))
-    if len(dead := report["train"]["dead"]):
-        logging.warning("%d of %d experts get no prompt: %s", len(dead), trained.num_codes, dead)
-    if abs(report["val"]["macs"] / trained.macs_budget - 1) > _TOLERANCE:
-        logging.warning("unseen prompts keep %.4f of the MACs", report["val"]["macs"])
-    far = np.flatnonzero(abs(kept / trained.macs_budget - 1) > _TOLERANCE)
-    if section.fit_budget == "each" and len(far):
-        told = ", ".join(f"{index} keeps {kept[index]:.4f}" for index in far)
-        logging.warning("no width gates bring these experts to the budget: %s", told)
-    values = {
-        "made_from": made_from,
-        "section": dataclasses.asdict(section),
-        "macs_budget": trained.macs_budget,
-        "mac_counter": trained.mac_counter,
-        "latent_size": values["latent_size"],
-        "logit_shift": shift.tolist(),
-        "macs_of_codes": unfitted.tolist(),
-        "macs_of_experts": kept.tolist(),
-        "units_that_differ": balance.differences(keep),
-        "splits": report,
-    }
-    return expert_files.finish(partial, output, "assign.json", values)
+    of_prompts = {f"experts_{split}": expert for split, expert in experts.items()}
+    with artefacts.writing(output, made_from) as partial:
+        expert_files.save_arrays(partial.directory, arrays | of_prompts)
+        partial.record = AssignRecord(
+            section=dataclasses.asdict(section),
+            macs_budget=trained.macs_budget,
+            mac_counter=trained.mac_counter,
+            latent_size=made.latent_size,
+            logit_shift=shift.tolist(),
+            macs_of_codes=unfitted.tolist(),
+            macs_of_experts=kept.tolist(),
+            units_that_differ=balance.differences(keep),
+            splits=splits,
+        )
+    return output.directory
+
+
+def _warn(
+    splits: Mapping[str, SplitRecord],
+    kept: Float[np.ndarray, " k"],
+    budget: float,
+    fit_budget: str,
+) -> None:
+    """Names experts without prompts and what is far from the budget."""
+    if dead := splits["train"].dead:
+        logging.warning("%d of %d experts get no prompt: %s", len(dead), len(kept), dead)
+    if abs(splits["val"].macs / budget - 1) > _TOLERANCE:
+        logging.warning("unseen prompts keep %.4f of the MACs", splits["val"].macs)
+    far = np.flatnonzero(abs(kept / budget - 1) > _TOLERANCE)
+    if fit_budget == "each" and len(far):
+        shares = ", ".join(f"{index} keeps {kept[index]:.4f}" for index in far)
+        logging.warning("no width gates bring these experts to the budget: %s", shares)
 
 
 def _labels(prompts: pictures.Prompts) -> dict[str, Int[np.ndarray, " rows"]]:

@@ -16,7 +16,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from sdprune_jax import config, pipeline, sharding
-from sdprune_jax.aptp import routed
+from sdprune_jax.aptp import expert_files, routed
 from sdprune_jax.data import cache
 from sdprune_jax.evaluate import images, measuring, needs, networks, scores, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
@@ -38,7 +38,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     section, work = run.evaluate, pathlib.Path(run.workdir)
     assert section is not None
     protocol = PROTOCOLS[section.protocol]
-    directories = model_directory.models_of_run(run.model, work)
+    directories = expert_files.models_of_run(run.model, work)
     dense = model_directory.open_model(directories["dense"][0])
     size = (protocol.generate_size or dense.unet.sample_size * dense.vae.downscale,) * 2
     needs.check(section, size[0])
@@ -49,7 +49,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     num_images = len(asked.prompts)  # rows that were skipped are missing
     perceptual = networks.load_lpips(section.networks, dense, size)
     record = work / "evaluate.json"
-    states = routed.states(directories, work)
+    states = routed.states(directories, work, run.variant)
     made_from = cache.fingerprint(
         dataclasses.asdict(section), dataclasses.asdict(protocol), run.seed, run.dtype,
         run.variant, states, asked.state, asked.prompts, needs.states(section, protocol),

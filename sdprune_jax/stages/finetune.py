@@ -13,10 +13,11 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from sdprune_jax import UserError, config, sharding
+from sdprune_jax import UserError, artefacts, config, sharding
 from sdprune_jax.aptp import expert_files
+from sdprune_jax.aptp.records import ExpertsRecord, FinetuneRecord, FinetuneRow
 from sdprune_jax.data import cache, pictures
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.files import model_directory
 from sdprune_jax.stages import cost_card, inputs
 from sdprune_jax.training import distillation, encoded, loop, settings_file
 
@@ -48,55 +49,67 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """
     section, work = run.finetune, pathlib.Path(run.workdir)
     assert section is not None
-    experts, output = expert_files.read(work), work / "finetuned"
-    model = model_directory.open_model(model_directory.directory_of(run.model))
+    model, output = inputs.open_model(run), artefacts.output_of("finetune", work)
+    state = artefacts.model_state(model.directory, run.variant)
+    experts = expert_files.read(work, state)
     settings = dataclasses.asdict(section)
     settings |= {"seed": run.seed, "dtype": run.dtype, "variant": run.variant}
-    made_from = cache.fingerprint(settings, experts.made_from)
-    record, trainings = output / "finetune.json", work / "finetune" / experts.made_from
-    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
-        logging.info("%s is complete: made from the same config and experts", output)
-        return output
+    made_from = settings | {
+        "model": state,
+        "experts": experts.identity,
+        "pictures": pictures.checksums_of(experts.data.dataset, experts.data.directory),
+    }
+    if artefacts.is_complete(output, made_from):
+        return output.directory
+    trainings = work / "finetune" / experts.identity[:16]
     settings_file.keep(trainings, settings, run.force)
 
-    examples = {}
-    for split in ("train", "val"):
-        pairs = pictures.load(experts.data, split)
-        texts = pictures.prompts(experts.data, pairs, split, experts.seed).texts
-        examples[split] = encoded.examples(
-            experts.data, model, pairs, texts, mesh, experts.cache, run.variant or None
+    variant = run.variant or None
+    examples = {
+        split: encoded.of_split(
+            experts.data, model, split, experts.seed, mesh, experts.cache, variant
         )
+        for split in ("train", "val")
+    }
     frozen = {
-        "teacher": _load(model, mesh, run.variant or None),
+        "teacher": _load(model, mesh, variant),
         "null": jnp.asarray(examples["train"].null, jnp.float32),
     }
     task = _Task(run, section, model, examples, frozen, mesh, trainings)
+    with artefacts.writing(output, made_from, resume=True) as partial:
+        rows, skipped = [], []
+        for index, source in enumerate(experts.directories):
+            own = {split: np.flatnonzero(experts.rows[split] == index) for split in examples}
+            if len(own["train"]):
+                rows.append(_finished_expert(task, source, partial.directory, own, made_from))
+            else:
+                logging.warning("expert %s has no prompt to train on: skipped", source.name)
+                skipped.append(source.name)
+        if not rows:
+            raise UserError(
+                f"none of the {len(skipped)} experts in {work} has a prompt to train on"
+            )
+        partial.record = FinetuneRecord(dataclasses.asdict(section), rows, skipped)
+    return output.directory
 
-    partial = _partial(output, made_from)
-    done, skipped = [], []
-    for expert, source in enumerate(experts.directories):
-        name = source.name
-        rows = {split: np.flatnonzero(experts.rows[split] == expert) for split in examples}
-        if not len(rows["train"]):
-            logging.warning("expert %s has no prompt to train on: skipped", name)
-            skipped.append(name)
-            continue
-        if not sharding.of_first((partial / name / "finetune.json").exists):
-            figures = _train_expert(task, source, partial / name, rows)
+
+def _finished_expert(
+    task: _Task,
+    source: pathlib.Path,
+    directory: pathlib.Path,
+    rows: Mapping[str, Int[np.ndarray, " _rows"]],
+    made_from: Mapping[str, Any],
+) -> FinetuneRow:
+    """Trains an expert into `directory`, unless it is there; it waits there for the others."""
+    target = directory / source.name
+    output = artefacts.Output("finetune", target, target / "finetune.json")
+    if not artefacts.is_complete(output, made_from):
+        with artefacts.writing(output, made_from) as partial:
+            figures = _train_expert(task, source, partial.directory, rows)
             if jax.process_index() == 0:
-                shutil.copyfile(source / "prompts.json", partial / name / "prompts.json")
-                tensors.write_json(partial / name / "finetune.json", figures)
-            sharding.wait_for_all(name)
-        done.append({"directory": name} | tensors.read_json(partial / name / "finetune.json"))
-    if not done:
-        raise UserError(f"none of the {len(skipped)} experts in {work} has a prompt to train on")
-    values = {
-        "made_from": made_from,
-        "made_from_experts": experts.made_from,
-        "section": dataclasses.asdict(section),
-    }
-    values |= {"experts": done, "skipped": skipped}
-    return expert_files.finish(partial, output, "finetune.json", values)
+                shutil.copyfile(source / "prompts.json", partial.directory / "prompts.json")
+            partial.record = FinetuneRow(source.name, **figures)
+    return artefacts.read(output.record, FinetuneRow)
 
 
 def _train_expert(
@@ -129,7 +142,7 @@ def _train_expert(
         eval_every=max(training.num_steps // max(training.num_evals, 1), 1),
     )  # fmt: skip
     dtype = jnp.dtype(section.save_dtype)
-    model_directory.save(expert, {"unet": params}, target, dtype=dtype, overwrite=target.exists())
+    model_directory.save(expert, {"unet": params}, target, dtype=dtype)
     prompts = {split: len(mine) for split, mine in rows.items()}
     return {"prompts": prompts, "before": before, "after": evaluate(params)}
 
@@ -161,17 +174,6 @@ def _load(model: model_directory.Model, mesh: Mesh, variant: str | None) -> loop
     )
 
 
-def _partial(output: pathlib.Path, made_from: str) -> pathlib.Path:
-    """Where finished experts wait for the others; emptied if they are of another config."""
-    partial = output.with_name(f"{output.name}.tmp")
-    record = partial / "made_from.json"
-    if jax.process_index() == 0 and not tensors.is_record_of(record, made_from):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        tensors.write_json(record, {"made_from": made_from})
-    return partial
-
-
 def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001
     """Checks the model, and that there are, or will be, experts."""
     inputs.check_model(run)
@@ -191,9 +193,10 @@ def plan(run: config.Run, planned: cost_card.Planned) -> str:
         data, shares = made_by.data, [made_by.macs_budget]
         count = run.router.num_codes if run.router else 1
     else:
-        cut = expert_files.record(pathlib.Path(run.workdir))
-        data = config.RouterData(**cut.get("data", {}))
-        shares = [row["share_of_macs"] for row in cut.get("experts", ())] or [1.0]
+        record = artefacts.output_of("materialise", run.workdir).record
+        cut = artefacts.read(record, ExpertsRecord) if record.is_file() else None
+        data = config.RouterData(**cut.data if cut else {})
+        shares = [row.share_of_macs for row in cut.experts] if cut else [1.0]
         count = len(shares)
     unet_macs = cost_card.unet_macs(planned, pictures.size(data))
     work = training.batch_size * unet_macs * (1 + (3 + section.remat) * float(np.mean(shares)))

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdprune_jax import UserError, config, pipeline, sharding
-from sdprune_jax.aptp import routed
+from sdprune_jax.aptp import expert_files, routed
 from sdprune_jax.data import cache, captions, emoji, tokenizer
 from sdprune_jax.files import model_directory, tensors
 from sdprune_jax.metrics import embedded, paired
@@ -38,7 +38,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """
     section, work = run.generate, pathlib.Path(run.workdir)
     assert section is not None
-    directories = model_directory.models_of_run(run.model, work)
+    directories = expert_files.models_of_run(run.model, work)
     dense = model_directory.open_model(directories["dense"][0])
     prompts, concept, style = _prompts(section, run.seed)
     height, width = _size(section, dense)
@@ -46,7 +46,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     output = work / "images"
     made_from = cache.fingerprint(
         dataclasses.asdict(section), run.seed, run.dtype, run.variant, prompts,
-        list(routed.states(directories, work).values()),
+        list(routed.states(directories, work, run.variant).values()),
     )  # fmt: skip
     record = output / "generate.json"
     if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):

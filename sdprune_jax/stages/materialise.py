@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from sdprune_jax import UserError, artefacts, config, sites
 from sdprune_jax.aptp import assignment, expert_files, router_training
 from sdprune_jax.aptp.layout import layout_of, to_architecture
-from sdprune_jax.data import cache, emoji
+from sdprune_jax.data import emoji
 from sdprune_jax.files import model_directory
 from sdprune_jax.sites import zero_padding
 from sdprune_jax.stages import cost_card, inputs
@@ -30,20 +30,25 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """
     section, work = run.materialise, pathlib.Path(run.workdir)
     assert section is not None
-    model = model_directory.open_model(model_directory.directory_of(run.model))
+    model, output = inputs.open_model(run), artefacts.output_of("materialise", work)
     assigned = assignment.read_assignment(work)
-    _, trained, values = router_training.load(work, model, mesh)
-    assignment.check_assignment(work, assigned, values)
+    _, trained, made = router_training.load(work, model, mesh)
     purpose = expert_files.Purpose(
-        trained.data, values["seed"], values["variant"], trained.mac_counter,
-        tuple(assigned["latent_size"]), "router/cache",
-    )  # fmt: skip
-    made_from = cache.fingerprint(
-        dataclasses.asdict(section), assigned["made_from"], dataclasses.asdict(purpose),
-        cache.directory_state(model.directory),
-    )  # fmt: skip
-    if expert_files.is_written(work, made_from):
-        return work / "experts"
+        trained.data,
+        made.seed,
+        made.variant,
+        trained.mac_counter,
+        (assigned.latent_size[0], assigned.latent_size[1]),
+        "router/cache",
+    )
+    identity = artefacts.identity(artefacts.output_of("assign", work))
+    made_from = {
+        "section": dataclasses.asdict(section),
+        "model": artefacts.model_state(model.directory, made.variant),
+        "assign": identity,
+    }
+    if artefacts.is_complete(output, made_from):
+        return output.directory
 
     layout = layout_of(sites.table(model.unet))
     dense = model_directory.load(model, "unet", variant=purpose.variant or None)
@@ -60,8 +65,12 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             yield expert_files.Cut(params, unet_config, kept, padded)
 
     rows = {split: np.load(work / "assign" / f"experts_{split}.npy") for split in emoji.SPLITS}
-    record = {"made_from": made_from, "assignment": assigned["made_from"]}
-    return expert_files.write(run, model, dense, cuts(), purpose, rows, section.save_dtype, record)
+    with artefacts.writing(output, made_from) as partial:
+        record = expert_files.write(
+            partial.directory, model, dense, cuts(), purpose, rows, section.save_dtype
+        )
+        partial.record = dataclasses.replace(record, model=run.model, assignment=identity)
+    return output.directory
 
 
 def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001

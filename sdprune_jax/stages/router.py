@@ -3,19 +3,21 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import config, sharding, sites
+from sdprune_jax import artefacts, config, sharding, sites
 from sdprune_jax.aptp import codebook, router, router_training
 from sdprune_jax.aptp.layout import layout_of
-from sdprune_jax.data import cache, pictures
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.aptp.records import RouterRecord
+from sdprune_jax.data import pictures
+from sdprune_jax.files import model_directory
+from sdprune_jax.files.weights import save_params
+from sdprune_jax.sites import macs
 from sdprune_jax.stages import cost_card, inputs
 from sdprune_jax.training import encoded, loop, settings_file
 
@@ -28,41 +30,67 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     Returns:
         `workdir/router`: `model.safetensors`, the parameters; `router.json`, what they are; and
         the training.
-
-    Raises:
-        ValueError: naming everything that cannot be trained as asked.
     """
-    section, output = run.router, pathlib.Path(run.workdir) / "router"
+    section, output = run.router, artefacts.output_of("router", run.workdir)
     assert section is not None
-    model = model_directory.open_model(model_directory.directory_of(run.model))
+    model, variant = inputs.open_model(run), run.variant or None
     settings = dataclasses.asdict(section) | {
-        "seed": run.seed, "dtype": run.dtype, "variant": run.variant,
-        "model": cache.directory_state(model.directory),
-    }  # fmt: skip
-    made_from, record = cache.fingerprint(settings), output / "router.json"
-    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
-        logging.info("%s is complete: made from the same config and model", output)
-        return output
-
-    layout, variant = layout_of(sites.table(model.unet)), run.variant or None
+        "seed": run.seed,
+        "dtype": run.dtype,
+        "variant": run.variant,
+        "model": artefacts.model_state(model.directory, run.variant),
+        "pictures": pictures.checksums_of(section.data.dataset, section.data.directory),
+    }
+    if artefacts.is_complete(output, settings):
+        return output.directory
+    layout = layout_of(sites.table(model.unet))
     latent_size = (section.latent_size or pictures.size(section.data) // model.vae.downscale,) * 2
-    router_training.check(section, model, layout, latent_size)
-    examples, texts = {}, {}
-    for split in ("train", "val"):
-        pairs = pictures.load(section.data, split)
-        texts[split] = pictures.prompts(section.data, pairs, split, run.seed).texts
-        examples[split] = encoded.examples(
-            section.data, model, pairs, texts[split], mesh, output / "cache", variant
+    examples = {
+        split: encoded.of_split(
+            section.data, model, split, run.seed, mesh, output.directory / "cache", variant
         )
-    settings_file.keep(output / "training", settings, run.force)
+        for split in ("train", "val")
+    }
+    settings_file.keep(output.directory / "training", settings, run.force)
     costs = router_training.budget_costs(section, model, latent_size)
-    shapes = model_directory.param_shapes(model, "unet")
-    frozen = model_directory.load(
-        model, "unet", dtype=np.float32, variant=variant,
-        sharding=sharding.fsdp_shardings(shapes, mesh),
-    )  # fmt: skip
+    figures = functools.partial(
+        router_training.evaluation,
+        jnp.asarray(examples["val"].embedding),
+        layout,
+        costs,
+        section.num_codes,
+    )
+    params = _train(run, model, costs, examples["train"], figures, mesh)
+    with artefacts.writing(output, settings) as partial:
+        save_params(partial.directory, params, dtype=np.float32, name="model")
+        partial.record = RouterRecord(
+            model=run.model,
+            variant=run.variant,
+            seed=run.seed,
+            embedding_dim=examples["train"].embedding.shape[1],
+            latent_size=list(latent_size),
+            section=dataclasses.asdict(section),
+            figures=figures(params),
+        )
+    return output.directory
 
-    embedding = examples["train"].embedding
+
+def _train(
+    run: config.Run,
+    model: model_directory.Model,
+    costs: macs.SiteMacs,
+    examples: encoded.Examples,
+    figures: Callable[[loop.Params], dict[str, float]],
+    mesh: Mesh,
+) -> loop.Params:
+    """Returns the trained parameters of the router; the UNet stays as it is."""
+    section, layout = run.router, layout_of(sites.table(model.unet))
+    assert section is not None
+    shardings = sharding.fsdp_shardings(model_directory.param_shapes(model, "unet"), mesh)
+    frozen = model_directory.load(
+        model, "unet", dtype=np.float32, variant=run.variant or None, sharding=shardings
+    )
+    embedding = examples.embedding
     params = router.init_params(layout, embedding.shape[1], section.num_codes, run.seed)
     order = np.random.default_rng(run.seed).permutation(len(embedding))[:_NUM_SEEDING]
     seeds = functools.partial(
@@ -75,44 +103,25 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     def batch_at(step: int) -> dict[str, Any]:
         rows = loop.rows_of_batch(len(embedding), section.batch_size, step, run.seed)
         warms_up = np.full(len(rows), step < section.warmup_steps)
-        return examples["train"].batch(rows, [run.seed, step]) | {"warms_up": warms_up}
+        return examples.batch(rows, [run.seed, step]) | {"warms_up": warms_up}
 
-    figures = functools.partial(
-        router_training.evaluation,
-        jnp.asarray(examples["val"].embedding),
-        layout,
-        costs,
-        section.num_codes,
-    )
-    params = loop.fit(
+    directory = artefacts.output_of("router", run.workdir).directory / "training" / "router"
+    return loop.fit(
         router_training.make_loss(section, model, costs, layout, jnp.dtype(run.dtype)),
         params,
         codebook.make_optimizer(section, seeds if has_seeds else None),
         batch_at,
         frozen,
-        mesh=mesh, num_steps=section.num_steps, ema_decay=section.ema_decay, seed=run.seed,
-        directory=output / "training" / "router", log_every=section.log_every,
-        save_every=section.save_every, evaluate=figures,
+        mesh=mesh,
+        num_steps=section.num_steps,
+        ema_decay=section.ema_decay,
+        seed=run.seed,
+        directory=directory,
+        log_every=section.log_every,
+        save_every=section.save_every,
+        evaluate=figures,
         eval_every=max(section.num_steps // section.num_evals, 1),
-    )  # fmt: skip
-    if jax.process_index() == 0:
-        record.unlink(missing_ok=True)
-    model_directory.save_params(output, params, dtype=np.float32, name="model")
-    values = {
-        "made_from": made_from,
-        "model": run.model,
-        "model_state": settings["model"],
-        "variant": run.variant,
-        "seed": run.seed,
-        "embedding_dim": embedding.shape[1],
-        "latent_size": list(latent_size),
-        "section": dataclasses.asdict(section),
-        "figures": figures(params),
-    }
-    if jax.process_index() == 0:
-        tensors.write_json(record, values)
-    sharding.wait_for_all(record.name)
-    return output
+    )
 
 
 def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001

@@ -13,9 +13,9 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import config
+from sdprune_jax import artefacts, config
 from sdprune_jax.aptp import expert_files
-from sdprune_jax.data import cache, captions, emoji, pictures
+from sdprune_jax.data import captions, emoji, pictures
 from sdprune_jax.files import model_directory
 from sdprune_jax.slicing import criteria
 from sdprune_jax.stages import cost_card, inputs
@@ -34,12 +34,17 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     section, work = run.slice, pathlib.Path(run.workdir)
     assert section is not None
     model = model_directory.open_model(model_directory.directory_of(run.model))
-    made_from = cache.fingerprint(
-        "slice", dataclasses.asdict(section), captions.state(section.calibration.prompts),
-        run.seed, run.variant, cache.directory_state(model.directory),
-    )  # fmt: skip
-    if expert_files.is_written(work, made_from):
-        return work / "experts"
+    output = artefacts.output_of("slice", work)
+    made_from = {
+        "section": dataclasses.asdict(section),
+        "seed": run.seed,
+        "variant": run.variant,
+        "model": artefacts.model_state(model.directory, run.variant),
+        "prompts": captions.state(section.calibration.prompts),
+        "pictures": pictures.checksums_of(section.data.dataset, section.data.directory),
+    }
+    if artefacts.is_complete(output, made_from):
+        return output.directory
 
     train = pictures.load(section.data, "train")
     size = section.latent_size or train.images.shape[1] // model.vae.downscale
@@ -56,15 +61,15 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         pairs = pictures.load(section.data, split)
         texts = pictures.prompts(section.data, pairs, split, run.seed).texts
         rows[split] = np.zeros(len(texts), np.int32)
-    record = {
-        "made_from": made_from,
-        "slice": {"criterion": section.criterion, "macs_budget": section.macs_budget}
-        | made.details,
-    }
     cut = expert_files.Cut(made.params, made.unet, made.kept)
-    output = expert_files.write(run, model, dense, [cut], purpose, rows, section.save_dtype, record)
-    logging.info("%s: one UNet for all prompts, by %s", output, section.criterion)
-    return output
+    with artefacts.writing(output, made_from) as partial:
+        record = expert_files.write(
+            partial.directory, model, dense, [cut], purpose, rows, section.save_dtype
+        )
+        about = {"criterion": section.criterion, "macs_budget": section.macs_budget} | made.details
+        partial.record = dataclasses.replace(record, model=run.model, slice=about)
+    logging.info("%s: one UNet for all prompts, by %s", output.directory, section.criterion)
+    return output.directory
 
 
 def check(run: config.Run, num_devices: int) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int32, Key, Shaped, UInt8
 
 from sdprune_jax import UserError, config, pipeline, sharding
-from sdprune_jax.data import cache, emoji, tokenizer
+from sdprune_jax.data import cache, emoji, pictures, tokenizer
 from sdprune_jax.data.pictures import Stored, state
 from sdprune_jax.files import model_directory, tensors
 from sdprune_jax.models import clip, noise_schedule, sentence, vae
@@ -179,6 +179,21 @@ def examples(
     encoder_state = cache.directory_state(model.directory / "text_encoder")
     text = cache.cached(cache_dir, "text", cache.fingerprint(encoder_state, list(texts)), states)
     return Examples(embedding, text["states"], text["null"], **moments)
+
+
+def of_split(
+    section: config.RouterData,
+    model: model_directory.Model,
+    split: str,
+    seed: int,
+    mesh: Mesh,
+    cache_dir: pathlib.Path,
+    variant: str | None = None,
+) -> Examples:
+    """Everything that a training needs of the pictures of a split; `seed` draws their prompts."""
+    images = pictures.load(section, split)
+    texts = pictures.prompts(section, images, split, seed).texts
+    return examples(section, model, images, texts, mesh, cache_dir, variant)
 
 
 def noised(
