@@ -92,10 +92,9 @@ def test_batches_are_of_the_experts_own_prompts(model, tmp_path, monkeypatch):
     run, rows_seen = _work(model, tmp_path), {}
 
     def train_expert(task, source, target, rows):
-        del task, source
-        rows_seen[target.name] = rows
-        target.mkdir()
-        return {"before": {}, "after": {}}
+        del task, target
+        rows_seen[source.name] = rows
+        return {"prompts": {}, "before": {}, "after": {}}
 
     monkeypatch.setattr(finetune, "_train_expert", train_expert)
     output = finetune.run(run, MESH)

@@ -92,17 +92,17 @@ def test_budget_is_of_the_counter_and_the_size_asked_for(model, tmp_path):
 
 
 def test_a_finished_stage_is_kept_and_a_killed_one_begins_anew(model, tmp_path, monkeypatch):
-    run, save = _run(model, tmp_path, criterion="random"), model_directory.save
+    run, write = _run(model, tmp_path, criterion="random"), model_directory.write
 
     def dies(*args, **kwargs):
-        save(*args, **kwargs)
+        write(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_directory, "save", dies)
+    monkeypatch.setattr(model_directory, "write", dies)
     with pytest.raises(KeyboardInterrupt):
         slice.run(run, MESH)
     assert not (tmp_path / "experts").exists()
-    monkeypatch.setattr(model_directory, "save", save)
+    monkeypatch.setattr(model_directory, "write", write)
     output = slice.run(run, MESH)
     before = (output / "experts.json").stat().st_mtime_ns
     assert slice.run(run, MESH) == output
@@ -115,7 +115,7 @@ def test_a_finished_stage_is_kept_and_a_killed_one_begins_anew(model, tmp_path, 
         after = (output / "experts.json").stat().st_mtime_ns
         assert after != before
         before = after
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_finetune_trains_the_one_expert_on_all_prompts(model, tmp_path, monkeypatch):
@@ -126,9 +126,9 @@ def test_finetune_trains_the_one_expert_on_all_prompts(model, tmp_path, monkeypa
     source = slice.run(run, MESH)
 
     def train_expert(task, source, target, rows):
-        seen[target.name] = source, rows, task.examples
-        target.mkdir()
-        return {"before": {}, "after": {}}
+        del target
+        seen[source.name] = source, rows, task.examples
+        return {"prompts": {}, "before": {}, "after": {}}
 
     monkeypatch.setattr(finetune, "_train_expert", train_expert)
     output = finetune.run(run, MESH)

@@ -209,7 +209,7 @@ def _save(
     save_dtype: str,
 ) -> None:
     dtype, variant = jnp.dtype(save_dtype), purpose.variant or None
-    model_directory.save(model, {"unet": params}, directory, dtype=dtype, variant=variant)
+    model_directory.write(model, {"unet": params}, directory, dtype=dtype, variant=variant)
 
 
 def _num_parameters(params: Any) -> int:

@@ -159,16 +159,16 @@ def save(
 
     Args:
         model: its configs are written, over the keys of those in `model.directory`.
-        params: parameters by component. Components left out are taken from `model.directory`
-            byte for byte, as hard links where possible.
+        params: parameters by component. Components left out are copied from `model.directory`
+            byte for byte.
         directory: must not exist, unless `overwrite`.
-        dtype: of the weights in `params`; None keeps that of each leaf.
-        variant: of the weights that are copied.
+        dtype: dtype of the weights in `params`; None keeps that of each leaf.
+        variant: variant of the weights that are copied.
         overwrite: replace a model that is there.
         max_shard_bytes: see `save_params`.
 
     Raises:
-        ValueError: if `directory` is taken, or `save_params` or `find_weights` raises.
+        UserError: if `directory` is taken, or `save_params` or `find_weights` raises.
     """
     directory = pathlib.Path(directory).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -181,21 +181,8 @@ def save(
     new = directory.with_name(f"{directory.name}.tmp")
     try:
         if is_writer:
-            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-            new.mkdir(parents=True)
-            config_files.write_small_files(model.directory, new, model.schedule)
-        for component in COMPONENTS:
-            if is_writer:
-                (new / component).mkdir()
-            if component in params:
-                tree, stem = params[component], _STEMS[component]
-                save_params(
-                    new / component, tree, dtype=dtype, name=stem, max_shard_bytes=max_shard_bytes
-                )
-                if is_writer:
-                    _write_config(model, component, tree, dtype, new)
-            elif is_writer:
-                _copy_component(model.directory / component, new / component, variant)
+            shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed
+        write(model, params, new, dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
     except BaseException:
         if is_writer:
             shutil.rmtree(new, ignore_errors=True)
@@ -203,6 +190,37 @@ def save(
     if is_writer:
         _replace(directory, new)
     sharding.wait_for_all(f"{directory.name} written")
+
+
+def write(
+    model: Model,
+    params: Mapping[str, Any],
+    directory: pathlib.Path,
+    *,
+    dtype: Any,
+    variant: str | None = None,
+    max_shard_bytes: int = weights.MAX_SHARD_BYTES,
+) -> None:
+    """Writes the files of a diffusers directory; see `save`, which has the same arguments.
+
+    Args:
+        directory: holds no model yet.
+    """
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        directory.mkdir(parents=True, exist_ok=True)
+        config_files.write_small_files(model.directory, directory, model.schedule)
+    for component in COMPONENTS:
+        folder = directory / component
+        if is_writer:
+            folder.mkdir()
+        if component in params:
+            tree, stem = params[component], _STEMS[component]
+            save_params(folder, tree, dtype=dtype, name=stem, max_shard_bytes=max_shard_bytes)
+            if is_writer:
+                _write_config(model, component, tree, dtype, directory)
+        elif is_writer:
+            _copy_component(model.directory / component, folder, variant)
 
 
 def _write_config(
@@ -227,11 +245,7 @@ def _copy_component(source: pathlib.Path, target: pathlib.Path, variant: str | N
     if path.suffix == ".json":
         names |= {shard: shard for shard in tensors.read_weight_map(path).values()}
     for name, new_name in names.items():
-        file = (source / name).resolve()  # a cache of downloads is made of symbolic links
-        try:
-            os.link(file, target / new_name)
-        except OSError:  # another file system, or one without hard links
-            shutil.copyfile(file, target / new_name)
+        shutil.copyfile(source / name, target / new_name)  # a link would share later writes
     tensors.write_json(target / "config.json", config_files.read_config(source / "config.json"))
 
 

@@ -96,7 +96,6 @@ class PruneRecord:
     """The content of prune.json.
 
     Attributes:
-        made_from: fingerprint of all that the output depends on.
         model: the dense model, as the config names it.
         directory: name of the pruned model's directory, beside this record.
         save_dtype: dtype of the weights that were written.
@@ -107,7 +106,6 @@ class PruneRecord:
         components: by name, those that were pruned.
     """
 
-    made_from: str
     model: str
     directory: str
     save_dtype: str

@@ -142,7 +142,7 @@ def _train_expert(
         eval_every=max(training.num_steps // max(training.num_evals, 1), 1),
     )  # fmt: skip
     dtype = jnp.dtype(section.save_dtype)
-    model_directory.save(expert, {"unet": params}, target, dtype=dtype)
+    model_directory.write(expert, {"unet": params}, target, dtype=dtype)
     prompts = {split: len(mine) for split, mine in rows.items()}
     return {"prompts": prompts, "before": before, "after": evaluate(params)}
 

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,9 +12,9 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import UserError, config, sharding, sites
-from sdprune_jax.data import cache, captions
-from sdprune_jax.files import convert, model_directory, tensors, typed_json
+from sdprune_jax import UserError, artefacts, config, sites
+from sdprune_jax.data import captions
+from sdprune_jax.files import convert, model_directory
 from sdprune_jax.pruning import component, record, request
 from sdprune_jax.pruning.methods import STATISTIC, Method, Override
 from sdprune_jax.scoring.calibration import Calibration
@@ -38,83 +39,89 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     }
     if not sections:
         raise UserError("config.prune has no component: set config.prune.unet or text_encoder")
-    model = model_directory.open_model(model_directory.directory_of(run.model))
-    work = pathlib.Path(run.workdir)
-    output, file = work / "pruned", work / "prune.json"
-    made_from = cache.fingerprint(
-        dataclasses.asdict(run.prune), captions.state(run.prune.calibration.prompts), run.seed,
-        run.variant, cache.directory_state(model.directory),
-    )  # fmt: skip
-    if sharding.of_first(lambda: output.is_dir() and tensors.is_record_of(file, made_from)):
-        logging.info("%s is complete: made from the same config and model", output)
-        return output
-
-    shapes = {
-        name: model_directory.param_shapes(model, name) for name in model_directory.COMPONENTS
+    model, output = inputs.open_model(run), artefacts.output_of("prune", run.workdir)
+    made_from = {
+        "section": dataclasses.asdict(run.prune),
+        "seed": run.seed,
+        "variant": run.variant,
+        "model": artefacts.model_state(model.directory, run.variant),
+        "prompts": captions.state(run.prune.calibration.prompts),
     }
-    methods = {name: method_of(section) for name, section in sections.items()}
-    for name, method in methods.items():
-        leaves, layers = (
-            convert.flatten(shapes[name]),
-            sites.prunable(shapes[name], name, method.scope),
-        )
-        request.check({path: leaves[path] for path in layers}, method)
-    if jax.process_index() == 0:
-        file.unlink(missing_ok=True)
+    if artefacts.is_complete(output, made_from):
+        return output.directory
     seconds = dict.fromkeys(("load", "calibrate", "select", "save", "verify"), 0.0)
-    pruned: dict[str, Any] = {}
-    done: dict[str, record.ComponentRecord] = {}
-    for name, method in methods.items():
+    with artefacts.writing(output, made_from) as partial:
+        pruned: dict[str, Any] = {}
+        records: dict[str, record.ComponentRecord] = {}
+        for name, section in sections.items():
+            pruned[name], records[name] = _prune(run, model, name, section, mesh, seconds)
         start = time.perf_counter()
-        params = model_directory.load(model, name, variant=run.variant or None)
-        params = jax.tree.map(np.array, params)  # ours to overwrite
-        seconds["load"] += time.perf_counter() - start
-        start = time.perf_counter()
-        calibration = open_calibration(
-            run.prune.calibration, model, name, mesh, run.seed, run.variant
-        )
-        pruned[name], done[name] = component.prune_component(
-            params, name, method, calibration.parts, seed=run.seed, in_place=True
-        )
-        seconds["select"] += time.perf_counter() - start - calibration.seconds
-        seconds["calibrate"] += calibration.seconds
-        zeros, before = done[name].zeros, done[name].zeros_before
-        num_layers = len(done[name].layers)
-        logging.info(
-            "%s: %d zeros in %d layers, of which %d were there before",
-            name, zeros, num_layers, before,
-        )  # fmt: skip
+        dtype, variant = jnp.dtype(run.prune.save_dtype), run.variant or None
+        model_directory.write(model, pruned, partial.directory, dtype=dtype, variant=variant)
+        seconds["save"] = time.perf_counter() - start
+        partial.record = _record(run, model, partial.directory, pruned, records, seconds)
+    return output.directory
 
+
+def _prune(
+    run: config.Run,
+    model: model_directory.Model,
+    name: str,
+    section: config.PruneComponent,
+    mesh: Mesh,
+    seconds: dict[str, float],
+) -> tuple[Any, record.ComponentRecord]:
+    """Returns a pruned component and what became of it; adds to the durations of the phases."""
+    assert run.prune is not None
     start = time.perf_counter()
+    params = model_directory.load(model, name, variant=run.variant or None)
+    params = jax.tree.map(np.array, params)  # ours to overwrite
+    seconds["load"] += time.perf_counter() - start
+    start = time.perf_counter()
+    calibration = open_calibration(run.prune.calibration, model, name, mesh, run.seed, run.variant)
+    params, done = component.prune_component(
+        params, name, method_of(section), calibration.parts, seed=run.seed, in_place=True
+    )
+    seconds["select"] += time.perf_counter() - start - calibration.seconds
+    seconds["calibrate"] += calibration.seconds
+    counts = (done.zeros, len(done.layers), done.zeros_before)
+    logging.info("%s: %d zeros in %d layers, of which %d were there before", name, *counts)
+    return params, done
+
+
+def _record(
+    run: config.Run,
+    model: model_directory.Model,
+    directory: pathlib.Path,
+    pruned: dict[str, Any],
+    records: Mapping[str, record.ComponentRecord],
+    seconds: dict[str, float],
+) -> record.PruneRecord:
+    """Reads back what was written, compares it, and returns the record of the whole."""
+    assert run.prune is not None
+    start = time.perf_counter()
+    shapes = [model_directory.param_shapes(model, name) for name in model_directory.COMPONENTS]
+    total = sum(leaf.size for tree in shapes for leaf in jax.tree.leaves(tree))
     dtype = jnp.dtype(run.prune.save_dtype)
-    model_directory.save(
-        model, pruned, output, dtype=dtype, variant=run.variant or None, overwrite=output.exists()
-    )
-    seconds["save"] = time.perf_counter() - start
-    start = time.perf_counter()
-    total = sum(leaf.size for tree in shapes.values() for leaf in jax.tree.leaves(tree))
-    for name, tree in pruned.items():
-        done[name] = dataclasses.replace(
-            done[name],
-            of_pipeline=done[name].zeros / total,
-            underflow_zeros=record.verify(output, name, tree, dtype),
+    components = {
+        name: dataclasses.replace(
+            done,
+            of_pipeline=done.zeros / total,
+            underflow_zeros=record.verify(directory, name, pruned[name], dtype),
         )
+        for name, done in records.items()
+    }
     seconds["verify"] = time.perf_counter() - start
-    values = record.PruneRecord(
-        made_from,
-        run.model,
-        output.name,
-        run.prune.save_dtype,
-        {key: round(value, 3) for key, value in seconds.items() if value},
-        total,
-        sum(part.zeros for part in done.values()) / total,
-        record.stored_bytes(model, output, pruned, run.variant or None),
-        done,
+    return record.PruneRecord(
+        model=run.model,
+        directory="pruned",
+        save_dtype=run.prune.save_dtype,
+        seconds={key: round(value, 3) for key, value in seconds.items() if value},
+        pipeline_parameters=total,
+        of_pipeline=sum(done.zeros for done in components.values()) / total,
+        bytes=record.stored_bytes(model, directory, pruned, run.variant or None),
+        components=components,
     )
-    if jax.process_index() == 0:
-        tensors.write_json(file, typed_json.to_json(values))
-    sharding.wait_for_all(file.name)
-    return output
 
 
 def check(run: config.Run, num_devices: int) -> None:
