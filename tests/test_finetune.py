@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from sdprune_jax import config
-from sdprune_jax.files import model_directory
+from sdprune_jax import artefacts, config
+from sdprune_jax.files import checksums, model_directory
 from sdprune_jax.models import unet
 from sdprune_jax.stages import assign, finetune, materialise
 from sdprune_jax.training import distillation, encoded
@@ -40,7 +40,13 @@ def _work(model, workdir, prompts_of=(0, 2)):
     assign.run(run, MESH)
     for split, count in (("train", 48), ("val", 24)):
         found = np.resize(np.array(prompts_of, np.int32), count)
-        np.save(workdir / "assign" / f"experts_{split}.npy", found)
+        name = f"experts_{split}.npy"
+        np.save(workdir / "assign" / name, found)
+        state = checksums.sha256(workdir / "assign" / name)
+        aptp_model.rewrite(
+            artefacts.output_of("assign", workdir),
+            lambda values, name=name, state=state: values["files"].update({name: state}),
+        )
     materialise.run(run, MESH)
     return run
 
