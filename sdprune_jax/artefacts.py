@@ -79,8 +79,8 @@ _OUTPUTS = {  # stage: directory, record, and what in the directory is no part o
     "slice": ("experts", "experts/experts.json"),
     "finetune": ("finetuned", "finetuned/finetune.json"),
     "generate": ("images", "images/generate.json"),
-    "evaluate": ("evaluate", "evaluate.json", "cache"),
-    "sweep": ("sweep", "sweep.json", "cache"),
+    "evaluate": ("evaluate", "evaluate.json", "cache", "pictures"),
+    "sweep": ("sweep", "sweep.json", "cache", "drawing"),
 }
 
 
@@ -196,6 +196,49 @@ def writing(output: Output, made_from: MadeFrom, *, resume: bool = False) -> Ite
         raise
     sharding.wait_for_all(f"{output.directory.name} is made")
     sharding.shared(lambda: _commit(output, partial, inputs))
+
+
+def begun(output: Output, made_from: MadeFrom) -> tuple[dict[str, Any], list[str]]:
+    """Returns what an output that grows in place has so far: its record, and its damaged files.
+
+    What was made from other inputs is deleted, as far as its record lists it.
+
+    Raises:
+        UserError: naming files in the output's directory that no record lists.
+    """
+    return sharding.shared(lambda: _begun(output, _plain(made_from)))
+
+
+def _begun(output: Output, made_from: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    refuse_foreign(output)
+    if not output.record.exists():
+        return {}, []
+    values = _values(output.record)
+    changed = [
+        name
+        for name, checksum in values["files"].items()
+        if not (path := output.directory / name).is_file() or checksums.sha256(path) != checksum
+    ]
+    if not differences(values["made_from"], made_from):
+        return values, changed
+    for name in values["files"]:
+        (output.directory / name).unlink(missing_ok=True)
+    output.record.unlink()
+    return {}, []
+
+
+def seal(output: Output, made_from: MadeFrom, record: Any) -> None:
+    """Writes the record of an output that grows in place; its files are what is there.
+
+    Every process calls it; the first one writes.
+    """
+
+    def write() -> None:
+        files = {name: checksums.sha256(output.directory / name) for name in _names(output)}
+        values = {"made_from": _plain(made_from), "files": files}
+        _write(output.record, values | typed_json.to_json(record))
+
+    sharding.shared(write)
 
 
 def model_state(directory: pathlib.Path, variant: str = "") -> dict[str, str]:

@@ -50,7 +50,7 @@ def _run(workdir, models, routed, values=None, dense="0123456789", **protocol):
     }  # fmt: skip
     (workdir / "evaluate").mkdir(parents=True)
     if values is not None:
-        path = workdir / "evaluate" / f"values-{workdir.name}.npz"
+        path = workdir / "evaluate" / "values.npz"
         np.savez(
             path, **{"routed/latent_mse_to_dense": values, "dense/clip_embedded_r_at_1": values}
         )

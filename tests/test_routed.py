@@ -11,11 +11,11 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from sdprune_jax import config, pipeline
+from sdprune_jax import artefacts, config, pipeline
 from sdprune_jax.aptp import assignment, expert_files, routed
 from sdprune_jax.data import captions
 from sdprune_jax.evaluate import images, measuring, task
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.files import model_directory
 from sdprune_jax.stages import assign, evaluate, generate
 
 MESH = aptp_model.MESH
@@ -180,7 +180,7 @@ def test_an_interrupted_evaluation_of_experts_goes_on(model, work, calls, evalua
     assert set(drawn[before:]) == {3.0}  # of the last expert alone
     record = _record(work, "evaluate.json")["models"]
     assert set(record["routed"]["figures"]) > {"num", "psnr_to_dense"}
-    values = np.load(evaluate.values_path(work, _record(work, "evaluate.json")["made_from"]))
+    values = np.load(work / "evaluate" / evaluate.VALUES)
     for name in ("latent_mse_to_dense", "psnr_to_dense", "ssim_to_dense"):
         each, said = values[f"routed/{name}"], record["routed"]["figures"][name]
         assert len(each) == said["num"] == 11
@@ -188,10 +188,10 @@ def test_an_interrupted_evaluation_of_experts_goes_on(model, work, calls, evalua
     assert [row["prompts"] for row in record["routed"]["experts"]] == np.bincount(
         assignment.of_prompts(work, model, TEXTS, MESH), minlength=3
     ).tolist()
-    [folder] = (work / "evaluate").glob("routed-*")
+    [folder] = (work / "evaluate" / "pictures").glob("routed-*")
     generate.run(_run(model, work, generate=GENERATE), MESH)
     np.testing.assert_array_equal(
-        _pictures(work, folder.name, "evaluate"), _pictures(work, "routed")
+        _pictures(work, folder.name, "evaluate/pictures"), _pictures(work, "routed")
     )
     whole = sum(map(len, calls))
     evaluate.run(run, MESH)
@@ -203,29 +203,30 @@ def test_evaluation_of_other_experts_has_other_pictures(model, work, evaluation)
     evaluate.run(run, MESH)
     _write(model, work / "finetuned" / "00", 7.0)
     evaluate.run(run, MESH)
-    assert len(list((work / "evaluate").glob("routed-*"))) == 2
-    assert len(list((work / "evaluate").glob("dense-*"))) == 1
+    assert len(list((work / "evaluate" / "pictures").glob("routed-*"))) == 2
+    assert len(list((work / "evaluate" / "pictures").glob("dense-*"))) == 1
 
 
 def test_experts_that_do_not_belong_together_are_refused(model, work):
     run = _run(model, work, generate=GENERATE)
-    assigned = tensors.read_json(work / "assign" / "assign.json")["made_from"]
-    cut, trained = work / "experts" / "experts.json", work / "finetuned" / "finetune.json"
-    tensors.write_json(cut, {"made_from": "new", "assignment": assigned})
-    tensors.write_json(trained, {"made_from_experts": "old"})
+    stages = ("materialise", "finetune", "assign")
+    cut, trained, assigned = (artefacts.output_of(stage, work) for stage in stages)
+    identity = artefacts.identity(assigned)
+    artefacts.seal(cut, {"assign": identity}, {})
+    artefacts.seal(trained, {"experts": "old"}, {})
     with pytest.raises(ValueError, match=r"is of other experts than .*: .*finetune=build"):
         generate.run(run, MESH)
-    trained.unlink()
-    tensors.write_json(cut, {"made_from": "new", "assignment": "old"})
+    trained.record.unlink()
+    artefacts.seal(cut, {"assign": "old"}, {})
     with pytest.raises(ValueError, match=r"3 experts of another assignment .*materialise=build"):
         generate.run(run, MESH)
-    tensors.write_json(cut, {"made_from": "new", "assignment": assigned})
+    artefacts.seal(cut, {"assign": identity}, {})
     _write(model, work / "experts" / "03", 1.0)
     with pytest.raises(ValueError, match="has 4 experts of another assignment"):
         generate.run(run, MESH)
     shutil.rmtree(work / "experts" / "03")
-    values = tensors.read_json(work / "router" / "router.json")
-    tensors.write_json(work / "router" / "router.json", values | {"made_from": "another"})
+    anew = lambda values: values["made_from"].update({"by": "another hand"})
+    aptp_model.rewrite(artefacts.output_of("router", work), anew)
     with pytest.raises(ValueError, match=r"not of the router beside it: .*assign=build"):
         generate.run(run, MESH)
     shutil.rmtree(work / "assign")

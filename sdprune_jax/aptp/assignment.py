@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from sdprune_jax import UserError, artefacts, sites
 from sdprune_jax.aptp import expert_files, gates, router, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
-from sdprune_jax.aptp.records import AssignRecord, ExpertsRecord
+from sdprune_jax.aptp.records import AssignRecord
 from sdprune_jax.data import cache
 from sdprune_jax.files import model_directory
 from sdprune_jax.training import encoded
@@ -72,7 +72,7 @@ def of_prompts(
     experts = artefacts.output_of("materialise", workdir)
     is_cut_for = True
     if experts.record.is_file():
-        of_experts = artefacts.read(experts.record, ExpertsRecord).assignment
+        of_experts = artefacts.made_from(experts).get("assign")
         is_cut_for = of_experts in (None, artefacts.identity(assigned))
     if cut and not (is_cut_for and len(cut) == trained.num_codes):
         raise UserError(

@@ -136,7 +136,6 @@ class ExpertsRecord:
         text_tokens: tokens of a prompt, for MACs.
         dense: the UNet that experts are cut from.
         experts: one row an expert, in their order.
-        assignment: identity of the assignment of prompts that experts are cut for.
         slice: criterion, budget and figures of stage `slice`.
     """
 
@@ -150,7 +149,6 @@ class ExpertsRecord:
     text_tokens: int
     dense: DenseRow
     experts: list[ExpertRow]
-    assignment: str | None = None
     slice: dict[str, Any] | None = None
 
 

@@ -102,7 +102,7 @@ def rows(runs: Sequence[pathlib.Path]) -> list[Row]:
         raise UserError("these runs do not compare:\n  " + "\n  ".join(problems))
     found = []
     for run, record in records.items():
-        stored = evaluate.values_path(run, record.get("made_from", ""))
+        stored = run / "evaluate" / evaluate.VALUES
         values = dict(np.load(stored)) if stored.is_file() else {}
         for name, model in record["models"].items():
             if name == "dense" and found:

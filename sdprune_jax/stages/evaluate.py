@@ -12,25 +12,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import config, pipeline, sharding
+from sdprune_jax import artefacts, config, pipeline
 from sdprune_jax.aptp import expert_files, routed
 from sdprune_jax.data import cache
 from sdprune_jax.evaluate import images, measuring, needs, networks, scores, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.files import model_directory
 from sdprune_jax.models import samplers
 from sdprune_jax.stages import cost_card, inputs
+
+VALUES = "values.npz"  # in `evaluate/`
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """Writes `workdir/evaluate.json`: the protocol, and every figure of every model.
 
     Beside a figure stand the number of its images and, where there is one, its interval. What means
-    are of, image by image, is in `evaluate/values-*.npz`, by the record's fingerprint: prompts and
-    noise are the same for all models of all runs of a protocol, so these can be compared in pairs.
+    are of, image by image, is in `evaluate/values.npz`, as arrays `model/figure`: prompts and noise
+    are the same for all models of all runs of a protocol, so these can be compared in pairs.
 
     Raises:
         ValueError: naming what the protocol needs that is not there.
@@ -48,26 +49,33 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     )  # fmt: skip
     num_images = len(asked.prompts)  # rows that were skipped are missing
     perceptual = networks.load_lpips(section.networks, dense, size)
-    record = work / "evaluate.json"
+    output = artefacts.output_of("evaluate", work)
     states = routed.states(directories, work, run.variant)
-    made_from = cache.fingerprint(
-        dataclasses.asdict(section), dataclasses.asdict(protocol), run.seed, run.dtype,
-        run.variant, states, asked.state, asked.prompts, needs.states(section, protocol),
-        *([perceptual.weights] if perceptual else []),
-    )  # fmt: skip
-    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
-        logging.info("%s is complete: made from the same config and models", record)
-        return record
+    made_from = {
+        "section": dataclasses.asdict(section),
+        "protocol": dataclasses.asdict(protocol),
+        "seed": run.seed,
+        "dtype": run.dtype,
+        "variant": run.variant,
+        "model": states["dense"][0],
+        "models": states,
+        "data": asked.state,
+        "prompts": list(asked.prompts),
+        "networks": needs.states(section, protocol),
+        "lpips": perceptual.weights if perceptual else None,
+    }
+    if artefacts.is_complete(output, made_from):
+        return output.record
 
     folders = {
-        name: work / "evaluate" / f"{name}-{_key(run, protocol, state, asked, size)}"
+        name: output.directory / "pictures" / f"{name}-{_key(run, protocol, state, asked, size)}"
         for name, state in states.items()
     }
     models = routed.models(directories, work, dense, asked.prompts, mesh)
     _render(run, mesh, protocol, models, folders, asked.prompts, size)
     loaded = measuring.load_networks(section, protocol, dense)
     figures = measuring.measure(
-        section, mesh, protocol, loaded, folders, asked, work / "evaluate" / "cache"
+        section, mesh, protocol, loaded, folders, asked, output.directory / "cache"
     )
     for name, folder in folders.items():
         if name != "dense":
@@ -83,8 +91,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         for key, x in scores.take_values(found).items()
     }
     values = {
-        "made_from": made_from,
-        "dense": states["dense"][0],
+        "dense": cache.fingerprint(states["dense"][0]),
         "protocol": dataclasses.asdict(protocol)
         | {"evaluated": num_images, "references": asked.num_references}
         | {"height": size[0], "width": size[1], "seed": run.seed, "dtype": run.dtype},
@@ -94,16 +101,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             name: drawn.said() | {"figures": figures[name]} for name, drawn in models.items()
         },
     }
-    if jax.process_index() == 0:
-        np.savez(values_path(work, made_from), **of_each)
-        tensors.write_json(record, values)
-    sharding.wait_for_all(record.name)
-    return record
-
-
-def values_path(workdir: pathlib.Path, made_from: str) -> pathlib.Path:
-    """Where the values of each image are: arrays `model/figure` of one evaluation."""
-    return workdir / "evaluate" / f"values-{made_from}.npz"
+    with artefacts.writing(output, made_from) as partial:
+        partial.record = values
+        if jax.process_index() == 0:
+            np.savez(partial.directory / VALUES, **of_each)
+    return output.record
 
 
 def _key(

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -18,10 +17,10 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from sdprune_jax import UserError, config, pipeline, sharding
+from sdprune_jax import UserError, artefacts, config, pipeline
 from sdprune_jax.aptp import expert_files, routed
-from sdprune_jax.data import cache, captions, emoji, tokenizer
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.data import captions, emoji, tokenizer
+from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import embedded, paired
 from sdprune_jax.models import samplers
 from sdprune_jax.stages import cost_card, inputs
@@ -43,15 +42,19 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     prompts, concept, style = _prompts(section, run.seed)
     height, width = _size(section, dense)
 
-    output = work / "images"
-    made_from = cache.fingerprint(
-        dataclasses.asdict(section), run.seed, run.dtype, run.variant, prompts,
-        list(routed.states(directories, work, run.variant).values()),
-    )  # fmt: skip
-    record = output / "generate.json"
-    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
-        logging.info("%s is complete: made from the same config and models", output)
-        return output
+    output = artefacts.output_of("generate", work)
+    states = routed.states(directories, work, run.variant)
+    made_from = {
+        "section": dataclasses.asdict(section),
+        "seed": run.seed,
+        "dtype": run.dtype,
+        "variant": run.variant,
+        "prompts": prompts,
+        "model": states["dense"][0],
+        "models": states,
+    }
+    if artefacts.is_complete(output, made_from):
+        return output.directory
     images, results = {}, {}
     for name, drawn in routed.models(directories, work, dense, prompts, mesh).items():
         variant = run.variant if name == "dense" else ""
@@ -91,27 +94,24 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         "seed": run.seed,
         "dtype": run.dtype,
     }
-    values = {"made_from": made_from, "protocol": protocol, "prompts": prompts}
-    values |= {"models": results, "chance": chance if concept is not None else {}}
-    if jax.process_index() == 0:
-        _write(output, images, values)
-    sharding.wait_for_all(output.name)
-    return output
+    values: dict[str, Any] = {"protocol": protocol, "prompts": prompts, "models": results}
+    values["chance"] = chance if concept is not None else {}
+    with artefacts.writing(output, made_from) as partial:
+        partial.record = values
+        if jax.process_index() == 0:
+            _write(partial.directory, images, results)
+    return output.directory
 
 
 def _write(
-    output: pathlib.Path, images: Mapping[str, UInt8[np.ndarray, "n h w 3"]], values: dict[str, Any]
+    directory: pathlib.Path,
+    images: Mapping[str, UInt8[np.ndarray, "n h w 3"]],
+    results: Mapping[str, Any],
 ) -> None:
-    """Pictures and record, which appear together."""
-    partial = output.with_name(f"{output.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    for name, found in images.items():
-        (partial / name).mkdir(parents=True)
-        for file, image in zip(values["models"][name]["files"], found, strict=True):
-            Image.fromarray(image).save(partial / file)
-    tensors.write_json(partial / "generate.json", values)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    for name, pictures in images.items():
+        (directory / name).mkdir(parents=True)
+        for file, image in zip(results[name]["files"], pictures, strict=True):
+            Image.fromarray(image).save(directory / file)
 
 
 def _prompts(

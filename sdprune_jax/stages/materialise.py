@@ -69,7 +69,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         record = expert_files.write(
             partial.directory, model, dense, cuts(), purpose, rows, section.save_dtype
         )
-        partial.record = dataclasses.replace(record, model=run.model, assignment=identity)
+        partial.record = dataclasses.replace(record, model=run.model)
     return output.directory
 
 

@@ -6,16 +6,17 @@ tower and the autoencoder's latents.
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 import transformers
-from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import config, sharding
-from sdprune_jax.data import cache, captions, emoji, tokenizer
+from sdprune_jax import artefacts, config, sharding
+from sdprune_jax.data import captions, emoji, pictures, tokenizer
 from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.files.weights import save_params
 from sdprune_jax.models import clip
 from sdprune_jax.pretrain import autoencoder, contrastive, denoiser, soup
 from sdprune_jax.stages import cost_card
@@ -33,11 +34,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """
     section, work = run.pretrain, pathlib.Path(run.workdir) / "pretrain"
     assert section is not None
-    directory, record = pathlib.Path(run.workdir) / "model", work / "done.json"
-    made_from = cache.fingerprint(dataclasses.asdict(section), run.seed)
-    if sharding.of_first(lambda: tensors.is_record_of(record, made_from)):
-        logging.info("%s is complete: made from the same config", directory)
-        return directory
+    output = artefacts.output_of("pretrain", run.workdir)
+    made_from: dict[str, Any] = {"section": dataclasses.asdict(section), "seed": run.seed}
+    made_from["pictures"] = pictures.checksums_of("embedded", "")
+    if artefacts.is_complete(output, made_from):
+        return output.directory
     settings = {"seed": run.seed} | dataclasses.asdict(section)
     begun = settings_file.keep(work, settings, run.force)
     data = {split: emoji.load(split) for split in emoji.SPLITS}
@@ -71,16 +72,21 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     )  # fmt: skip
     model = model_directory.Model(text_config, unet_config, vae_config, denoiser.SCHEDULE, work)
     params = {"text_encoder": text_params, "unet": unet_params, "vae": vae_params}
-    model_directory.save(model, params, directory, dtype=np.float16, overwrite=directory.exists())
-    is_writer = jax.process_index() == 0
-    if is_writer:
-        (directory / "clip").mkdir()
-    model_directory.save_params(directory / "clip", clip_params, dtype=np.float16, name="model")
-    if is_writer:
-        tensors.write_json(directory / "clip" / "config.json", clip_config.to_json())
-        tensors.write_json(record, {"made_from": made_from})
-    sharding.wait_for_all(record.name)
-    return directory
+    with artefacts.writing(output, made_from) as partial:
+        partial.record = {"parameters": {name: _size(tree) for name, tree in params.items()}}
+        model_directory.write(model, params, partial.directory, dtype=np.float16)
+        clip_directory = partial.directory / "clip"
+        if jax.process_index() == 0:
+            clip_directory.mkdir()
+        sharding.wait_for_all("clip")
+        save_params(clip_directory, clip_params, dtype=np.float16, name="model")
+        if jax.process_index() == 0:
+            tensors.write_json(clip_directory / "config.json", clip_config.to_json())
+    return output.directory
+
+
+def _size(params: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def _tokenizer(

@@ -7,16 +7,15 @@ on with what is missing, and one of more points computes only those.
 import dataclasses
 import functools
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import UserError, config, sharding, sites
+from sdprune_jax import NotFiniteError, UserError, artefacts, config, sharding, sites
 from sdprune_jax.data import cache, captions
 from sdprune_jax.evaluate import needs, task
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
@@ -52,16 +51,21 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         protocol.data, section.measure.data, section.measure.num_images or protocol.num_images,
         needs.has_pictures(section.measure, protocol),
     )  # fmt: skip
-    made_from = cache.fingerprint(
-        *map(dataclasses.asdict, (section.measure, section.calibration, protocol)),
-        captions.state(section.calibration.prompts), run.dtype, run.variant,
-        cache.directory_state(model.directory), asked.state, asked.prompts,
-        needs.states(section.measure, protocol),
-    )  # fmt: skip
-    file, folder = work / "sweep.json", work / "sweep"
+    made_from = {
+        "measure": dataclasses.asdict(section.measure),
+        "calibration": dataclasses.asdict(section.calibration),
+        "protocol": dataclasses.asdict(protocol),
+        "calibration prompts": captions.state(section.calibration.prompts),
+        "dtype": run.dtype,
+        "variant": run.variant,
+        "model": artefacts.model_state(model.directory, run.variant),
+        "data": asked.state,
+        "prompts": list(asked.prompts),
+        "networks": needs.states(section.measure, protocol),
+    }
+    output = artefacts.output_of("sweep", work)
     names = [metric.name for metric in protocol.metrics if metric.kind == "clip_score"]
     values: dict[str, Any] = {
-        "made_from": made_from,
         "model": run.model,
         "protocol": dataclasses.asdict(protocol)
         | {"evaluated": len(asked.prompts), "references": asked.num_references}
@@ -72,13 +76,13 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         "rows": [],
         "cliffs": [],
     }
-    if sharding.of_first(lambda: tensors.is_record_of(file, made_from)):
-        old = tensors.read_json(file)
-        values |= {name: old[name] for name in ("dense", "rows", "cliffs")}
-        logging.info("%s has %d rows already", file, len(values["rows"]))
-    elif jax.process_index() == 0:
-        file.unlink(missing_ok=True)  # of another sweep, and so are the pictures
-        shutil.rmtree(folder, ignore_errors=True)
+    old, damaged = artefacts.begun(output, made_from)
+    if old:
+        whole = lambda row: not any(f"sweep/{name}".startswith(row["images"]) for name in damaged)
+        values |= {name: [*filter(whole, old[name])] for name in ("dense", "rows")}
+        values["cliffs"] = old["cliffs"]
+        logging.info("%s has %d rows already", output.record, len(values["rows"]))
+    table = _Table(output, made_from, values, section.num_kept)
     all_points = points_of(section)
 
     def calibration(component: str, seed: int) -> Calibration:
@@ -86,13 +90,21 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
     bench = functools.cache(
         lambda: trial.open_bench(
-            run, mesh, model, protocol, asked, (edge, edge), folder, all_points, calibration
+            run,
+            mesh,
+            model,
+            protocol,
+            asked,
+            (edge, edge),
+            output.directory,
+            all_points,
+            calibration,
         )
     )
     seeds = range(run.seed, run.seed + section.num_seeds)
-    row_of = functools.partial(_row_of, bench, values, file, section.num_kept)
+    row_of = functools.partial(_row_of, bench, table)
     for seed in seeds:
-        _dense_of(bench, values, file, seed)
+        _dense_of(bench, table, seed)
         for i, point in enumerate(all_points):
             row_of(point, seed)
             logging.info("seed %d: %d of %d points", seed, i + 1, len(all_points))
@@ -104,8 +116,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         ]
         if found != values["cliffs"]:
             values["cliffs"] = found
-            _write(file, values)
-    return file
+            table.write()
+    return output.record
 
 
 def points_of(section: config.Sweep) -> list[points.Point]:
@@ -122,44 +134,61 @@ def points_of(section: config.Sweep) -> list[points.Point]:
     ]
 
 
+class _Table(NamedTuple):
+    """The record, which grows by a row whenever a point is measured."""
+
+    output: artefacts.Output
+    made_from: artefacts.MadeFrom
+    values: dict[str, Any]
+    num_kept: int
+
+    def write(self) -> None:
+        artefacts.seal(self.output, self.made_from, self.values)
+
+    def drawing(self, key: str) -> pathlib.Path:
+        """Returns where the pictures of a row are until it is measured."""
+        return self.output.directory / "drawing" / key
+
+    def add(self, kind: str, key: str, row: _Row, num_images: int, num_kept: int) -> _Row:
+        """Adds a row, with the first pictures of those that were drawn for it."""
+        folder = self.output.directory / key / "images"
+        if "failed" in row:
+            num_kept = 0
+        else:
+            row = row | {"images": f"sweep/{key}/images"}
+        if jax.process_index() == 0:
+            trial.keep(self.drawing(key), folder, num_images, num_kept)
+        sharding.wait_for_all(key)
+        self.values[kind].append(row)
+        self.write()
+        return row
+
+
 def _row_of(
-    bench: Callable[[], trial.Bench],
-    values: dict[str, Any],
-    file: pathlib.Path,
-    num_kept: int,
-    point: points.Point,
-    seed: int,
+    bench: Callable[[], trial.Bench], table: _Table, point: points.Point, seed: int
 ) -> _Row:
     key = cache.fingerprint(dataclasses.asdict(point), seed)
-    for row in values["rows"]:
+    for row in table.values["rows"]:
         if row["key"] == key:
             return row
-    dense = _dense_of(bench, values, file, seed)
-    folder = file.parent / "sweep" / key / "images"
+    dense = _dense_of(bench, table, seed)
+    of_dense = table.output.directory.parent / dense["images"]
     try:
-        found = trial.trial(bench(), point, seed, folder, file.parent / dense["images"])
-    except FloatingPointError as error:  # a broken model is a result, and others are to come
+        row = trial.trial(bench(), point, seed, table.drawing(key), of_dense)
+    except NotFiniteError as error:  # a broken model is a result, and others are to come
         logging.warning("a point failed: %s", error)
-        found = trial.failed(bench(), point, seed, str(error))
-    row = {"key": key} | found
-    values["rows"].append(row)
-    _write(file, values)
-    sharding.wait_for_all(key)  # nobody reads its pictures any more
-    if jax.process_index() == 0:
-        trial.keep(folder, len(bench().asked.prompts), num_kept)
-    return row
+        row = trial.failed(bench(), point, seed, str(error))
+    num_images = len(bench().asked.prompts)
+    return table.add("rows", key, {"key": key} | row, num_images, table.num_kept)
 
 
-def _dense_of(
-    bench: Callable[[], trial.Bench], values: dict[str, Any], file: pathlib.Path, seed: int
-) -> _Row:
-    for row in values["dense"]:
+def _dense_of(bench: Callable[[], trial.Bench], table: _Table, seed: int) -> _Row:
+    for row in table.values["dense"]:
         if row["seed"] == seed:
             return row
-    row = trial.dense(bench(), seed, file.parent / "sweep" / f"dense-{seed}" / "images")
-    values["dense"].append(row)
-    _write(file, values)
-    return row
+    key, num_images = f"dense-{seed}", len(bench().asked.prompts)
+    row = trial.dense(bench(), seed, table.drawing(key))
+    return table.add("dense", key, row, num_images, num_images)
 
 
 def _cliff_of(
@@ -242,12 +271,6 @@ def _refuse(
                 problems.append(f"{where}.{name}: {error}")
     if problems:
         raise UserError("config.sweep is not possible:\n  " + tensors.listing(problems))
-
-
-def _write(file: pathlib.Path, values: dict[str, Any]) -> None:
-    if jax.process_index() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tensors.write_json(file, values)
 
 
 def check(run: config.Run, num_devices: int) -> None:

@@ -128,7 +128,6 @@ def dense(bench: Bench, seed: int, folder: pathlib.Path) -> dict[str, Any]:
         "seed": seed,
         "figures": figures,
         "chance": chance | {DISTANCE: cliff.spread(batches)},
-        "images": str(folder.relative_to(bench.folder.parent)),
         "seconds": {"render and measure": round(time.perf_counter() - start, 3)},
     }
 
@@ -174,7 +173,6 @@ def trial(
         **points.sparsity(point, _shapes(bench), zeros)._asdict(),
         "components": parts,
         "figures": figures,
-        "images": str(folder.relative_to(bench.folder.parent)),
         "seconds": dict(zip(("prune", "render", "measure"), seconds, strict=True)),
     }
 
@@ -195,13 +193,15 @@ def failed(bench: Bench, point: points.Point, seed: int, why: str) -> dict[str, 
     }  # fmt: skip
 
 
-def keep(folder: pathlib.Path, num_images: int, num_kept: int) -> None:
-    """Removes what a measured point leaves, but for its first images."""
-    shutil.rmtree(folder.parent / "cache", ignore_errors=True)
-    for i in range(num_kept, num_images):
-        path = images.picture_path(folder, i)
-        path.unlink(missing_ok=True)
-        path.with_suffix(".npy").unlink(missing_ok=True)
+def keep(drawn: pathlib.Path, target: pathlib.Path, num_images: int, num_kept: int) -> None:
+    """Moves the first pictures of a measured point into `target`, and deletes the others."""
+    for i in range(min(num_kept, num_images)):
+        path = images.picture_path(drawn, i)
+        target.mkdir(parents=True, exist_ok=True)
+        path.replace(target / path.name)
+        path.with_suffix(".npy").replace(target / f"{path.stem}.npy")
+    shutil.rmtree(drawn, ignore_errors=True)
+    shutil.rmtree(drawn.parent / "cache", ignore_errors=True)
 
 
 def prune(
