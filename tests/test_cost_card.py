@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from sdprune_jax import config
+from sdprune_jax import artefacts, config
+from sdprune_jax.aptp.records import DenseRow, ExpertRow, ExpertsRecord
 from sdprune_jax.models import clip, noise_schedule, unet, vae
 from sdprune_jax.stages import cost_card
 
@@ -128,17 +129,19 @@ def test_training_holds_four_copies_of_the_parameters(tmp_path):
 
 
 def test_card_counts_what_a_run_has_without_being_asked(tiny, tmp_path):
-    rows = [{"share_of_macs": 0.6}, {"share_of_macs": 0.8}]
-    (tmp_path / "run" / "experts").mkdir(parents=True)
-    record = {"data": {"num_images": 8}, "experts": rows}
-    (tmp_path / "run" / "experts" / "experts.json").write_text(json.dumps(record))
+    rows = [ExpertRow("", 1, share, 1, 1.0, {}, {}) for share in (0.6, 0.8)]
+    record = ExpertsRecord(
+        "", {"num_images": 8}, 0, "", "exact", [8, 8], "", 7, DenseRow(1, 1), rows
+    )
+    output = artefacts.output_of("materialise", tmp_path / "run")
+    artefacts.seal(output, {}, record)
     scheduler = tmp_path / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("PNDMScheduler", "EulerDiscreteScheduler"))
     run = config.Run(model=tiny, workdir=str(tmp_path / "run"), finetune=config.Finetune())
     card = cost_card.card(run, 1)
     assert "finetune: experts 2, each 1,000 steps" in card
     works = [float(re.search(r"about ([\d.e+-]+) TMACs", card)[1])]
-    (tmp_path / "run" / "experts" / "experts.json").unlink()
+    output.record.unlink()
     works.append(float(re.search(r"about ([\d.e+-]+) TMACs", cost_card.card(run, 1))[1]))
     assert works[0] / works[1] == pytest.approx((1 + 3 * 0.7) / 4, rel=0.01)
     run.generate = config.Generate()

@@ -187,11 +187,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return _parse_json(path.read_bytes(), str(path))
 
 
-def is_record_of(path: pathlib.Path, made_from: str) -> bool:
-    """Whether a stage has written its record `path`, from these inputs."""
-    return path.exists() and read_json(path)["made_from"] == made_from
-
-
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
     """Whole or not at all."""
     partial = path.with_name(f"{path.name}.tmp")
