@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from sdprune_jax import NotFiniteError, sharding
+from sdprune_jax import NotFiniteError, UserError, sharding
 from sdprune_jax.data import cache, tokenizer
 from sdprune_jax.files import model_directory
 from sdprune_jax.files.model_directory import Model
@@ -175,6 +175,82 @@ def render(
         num = len(set(rows.tolist()))  # the last batch repeats its last row
         latents, images = (sharding.to_host(x)[:num] for x in made)
         yield Rendered(here[:num], latents, to_bytes(images))
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    num_steps: int = 25,
+    guidance_scale: float = 7.5,
+    negative_prompt: str = "",
+    sampler: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 16,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+) -> UInt8[np.ndarray, "n height width 3"]:
+    """Draws a picture of every prompt.
+
+    The same seed and place in the list give the same noise, whatever the model and the batch.
+
+    Args:
+        model: a `files.model.Model` with all of its components.
+        prompts: one text a picture.
+        seed: seed of the noise.
+        num_steps: steps of the sampler.
+        guidance_scale: 1 is the prompt alone.
+        negative_prompt: what guidance leads away from.
+        sampler: one of `samplers.SAMPLERS`; None is what the model's scheduler says.
+        height: of the pictures, in pixels; None is the model's own.
+        width: of the pictures, in pixels; None is the model's own.
+        batch_size: pictures at once, over all devices; rounded up to a multiple of them.
+        dtype: dtype of the computation.
+        mesh: devices to use; None is all of them.
+
+    Raises:
+        UserError: if the sampler cannot follow the model's schedule, or a size is not possible.
+        NotFiniteError: if a picture is not finite.
+    """
+    mesh = mesh or sharding.make_mesh()
+    own = model.config.unet.sample_size * model.config.vae.downscale
+    size = (height or own, width or own)
+    if any(pixels < 1 or pixels % model.config.vae.downscale for pixels in size):
+        raise UserError(
+            f"pictures of {size[0]} x {size[1]} pixels cannot be drawn: give multiples of"
+            f" {model.config.vae.downscale}"
+        )
+    params = {
+        name: sharding.place(
+            jax.tree.map(lambda x: np.asarray(x, np.float32), tree),
+            sharding.fsdp_shardings(model_directory.param_shapes(model.config, name), mesh),
+        )
+        for name, tree in model.params.items()
+    }
+    sample = make_sample(
+        model.config,
+        mesh,
+        sampler=sampler,
+        num_steps=num_steps,
+        guided=guidance_scale > 1,
+        dtype=dtype,
+    )
+    batches = render(
+        model.config,
+        params,
+        sample,
+        prompts,
+        range(len(prompts)),
+        size=size,
+        seed=seed,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        batch_size=-(-min(batch_size, max(len(prompts), 1)) // mesh.size) * mesh.size,
+    )
+    images = [batch.images for batch in batches]
+    return np.concatenate(images) if images else np.zeros((0, *size, 3), np.uint8)
 
 
 @partial(jax.jit, static_argnames="shape")

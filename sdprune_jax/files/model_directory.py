@@ -7,10 +7,12 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
+import huggingface_hub
 import jax
 import numpy as np
 
@@ -45,11 +47,28 @@ class Model:
     directory: pathlib.Path
 
 
-def directory_of(name: str) -> pathlib.Path:
-    """Where a model lies: a path, or `embedded` for the one in this package."""
-    return (
-        pathlib.Path(__file__).parents[1] / "embedded" if name == "embedded" else pathlib.Path(name)
-    )
+def directory_of(name: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns where a model lies.
+
+    Args:
+        name: a path; `embedded` for the model in this package; or the id of a repository of the
+            Hugging Face hub whose snapshot is in the local cache.
+
+    Raises:
+        UserError: if `name` looks like an id and is not in the cache, saying how to get it there.
+    """
+    if name == "embedded":
+        return pathlib.Path(__file__).parents[1] / "embedded"
+    path = pathlib.Path(name)
+    if path.exists() or not re.fullmatch(r"[\w-]+[\w.-]*/[\w.-]+", str(name)):
+        return path
+    index = huggingface_hub.try_to_load_from_cache(str(name), "model_index.json")
+    if not isinstance(index, str):
+        raise UserError(
+            f"there is no directory {name}, and no model of that id in the cache of the Hugging"
+            f" Face hub; hf download {name} --include '*.json' '*.txt' '*.safetensors' gets it"
+        )
+    return pathlib.Path(index).parent
 
 
 def open_model(directory: str | os.PathLike[str]) -> Model:

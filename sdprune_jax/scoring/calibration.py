@@ -31,6 +31,7 @@ class Calibration:
         prompts: texts to run; gradients are of pictures instead.
         seed: draws noise, positions and pictures.
         variant: of the model's files, such as "fp16".
+        text_params: parameters of the text encoder; None reads those of the model's directory.
         seconds: time taken so far.
     """
 
@@ -41,6 +42,7 @@ class Calibration:
     prompts: Sequence[str]
     seed: int = 0
     variant: str | None = None
+    text_params: Any = None
     seconds: float = 0.0
 
     def parts(
@@ -109,9 +111,10 @@ class Calibration:
     def text_states(self) -> Float[np.ndarray, "rows n d"]:
         """Last hidden states of the prompts and, in the last row, of no text."""
         text_config = self.model.text_encoder
-        params = model_directory.load(
+        params = self.text_params or model_directory.load(
             self.model, "text_encoder", dtype=np.float32, variant=self.variant
         )
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
         encode = jax.jit(clip.TextTower(text_config).apply)
         return np.asarray(encode({"params": params}, self._ids([*self.prompts, ""])))
 
