@@ -55,7 +55,7 @@ _MODULES = {  # module: the public names in it
     "slicing.slice": "slice",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
-__all__ = ["NotFiniteError", "UserError", "__version__", *_MODULE_OF]  # noqa: PLE0604
+__all__ = ["NotFiniteError", "UserError", "__version__", *_MODULE_OF]
 
 
 class UserError(ValueError):

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from sdprune_jax import NotFiniteError, UserError, sharding
 from sdprune_jax.data import cache, tokenizer
 from sdprune_jax.files import model_directory
-from sdprune_jax.files.model_directory import Model
+from sdprune_jax.files.model import Model
+from sdprune_jax.files.model_directory import ModelConfig
 from sdprune_jax.models import clip, samplers, unet, vae
 
 
@@ -39,7 +40,7 @@ class Rendered(NamedTuple):
 Sample = Callable[..., Sampled]
 
 
-def load(model: Model, mesh: Mesh, variant: str | None = None) -> dict[str, Any]:
+def load(model: ModelConfig, mesh: Mesh, variant: str | None = None) -> dict[str, Any]:
     """Parameters of all components in float32, the large ones split over the mesh."""
     return {
         name: model_directory.load(
@@ -51,7 +52,7 @@ def load(model: Model, mesh: Mesh, variant: str | None = None) -> dict[str, Any]
 
 
 def make_sample(
-    model: Model,
+    model: ModelConfig,
     mesh: Mesh,
     *,
     sampler: str | None,
@@ -87,7 +88,7 @@ def make_sample(
 
 @functools.cache
 def sample_program(
-    model: Model, mesh: Mesh, sampler: str | None, num_steps: int, guided: bool, dtype: Any
+    model: ModelConfig, mesh: Mesh, sampler: str | None, num_steps: int, guided: bool, dtype: Any
 ) -> Any:
     """The jitted function of `make_sample`, which has the same arguments and all on the mesh."""
     encode: Any = clip.TextTower(model.text_encoder, dtype).apply
@@ -131,7 +132,7 @@ def sample_program(
 
 
 def render(
-    model: Model,
+    model: ModelConfig,
     params: Mapping[str, Any],
     sample: Sample,
     prompts: Sequence[str],
@@ -178,7 +179,7 @@ def render(
 
 
 def generate(
-    model: Any,
+    model: Model,
     prompts: Sequence[str],
     *,
     seed: int = 0,
@@ -197,7 +198,7 @@ def generate(
     The same seed and place in the list give the same noise, whatever the model and the batch.
 
     Args:
-        model: a `files.model.Model` with all of its components.
+        model: has all of its components.
         prompts: one text a picture.
         seed: seed of the noise.
         num_steps: steps of the sampler.

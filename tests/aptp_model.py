@@ -35,7 +35,9 @@ MESH = sharding.make_mesh(devices=jax.devices()[:1])
 DATA = config.RouterData(num_images=24, captions_per_image=2)
 
 
-def make(directory: pathlib.Path, unet_config: unet.UNetConfig = UNET) -> model_directory.Model:
+def make(
+    directory: pathlib.Path, unet_config: unet.UNetConfig = UNET
+) -> model_directory.ModelConfig:
     """Random parameters, biases and norms too; the tokenizer is that of the embedded model."""
     embedded = model_directory.open_model(model_directory.directory_of("embedded"))
     text = dataclasses.replace(
@@ -67,7 +69,9 @@ def random_params(shapes, seed):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def write_router(workdir: pathlib.Path, model: model_directory.Model, **changes) -> config.Router:
+def write_router(
+    workdir: pathlib.Path, model: model_directory.ModelConfig, **changes
+) -> config.Router:
     """A finished router of three codes that close about a third of all gates."""
     section = config.Router(**{"num_codes": 3, "macs_budget": 0.7, "data": DATA} | changes)
     width = model.text_encoder.hidden_size

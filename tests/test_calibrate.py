@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 
 from sdprune_jax import pipeline, sharding, sites
 from sdprune_jax.files import convert
-from sdprune_jax.files.model_directory import Model
+from sdprune_jax.files.model_directory import ModelConfig
 from sdprune_jax.models import clip, noise_schedule, samplers, unet, vae
 from sdprune_jax.scoring import calibrate, inputs
 from sdprune_jax.scoring.settings import CalibrationSettings
@@ -37,7 +37,7 @@ TEXT = clip.TextConfig(
     max_position_embeddings=9,
     eos_token_id=49,
 )
-MODEL = Model(TEXT, UNET, vae.VAEConfig(), noise_schedule.Schedule(), pathlib.Path())
+MODEL = ModelConfig(TEXT, UNET, vae.VAEConfig(), noise_schedule.Schedule(), pathlib.Path())
 WALK = CalibrationSettings(
     num_steps=3, guidance_scale=3.0, batch_size=8, position_fraction=1.0, weight_range=(0.5, 1.5)
 )

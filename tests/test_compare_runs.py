@@ -28,7 +28,7 @@ def models(tmp_path_factory):
         keep = {"mid_block.resnets.0": np.arange(4) < units, "up_blocks.0.resnets.1.depth":
                 np.array([units > 1])}  # fmt: skip
         params, unet_config = sites.slice_params(dense, model.unet, keep)
-        cut = model_directory.Model(
+        cut = model_directory.ModelConfig(
             model.text_encoder, unet_config, model.vae, model.schedule, model.directory
         )
         model_directory.save(cut, {"unet": params}, directory / name, dtype=np.float32)

@@ -21,7 +21,7 @@ from sdprune_jax.models import clip, noise_schedule, unet, vae
 
 torch = tiny_pipeline.torch
 single_file_utils = importlib.import_module("diffusers.loaders.single_file_utils")  # needs torch
-FULL = model_directory.Model(
+FULL = model_directory.ModelConfig(
     clip.TextConfig(), unet.UNetConfig(), vae.VAEConfig(), noise_schedule.Schedule(), pathlib.Path()
 )
 FILES = {

@@ -29,7 +29,7 @@ def _cut(model, directory, architecture):
     """Writes what is left as an expert is written."""
     dense = jax.tree.map(np.asarray, model_directory.load(model, "unet"))
     params, config = sites.slice_params(dense, model.unet, architecture)
-    sliced = model_directory.Model(
+    sliced = model_directory.ModelConfig(
         model.text_encoder, config, model.vae, model.schedule, model.directory
     )  # fmt: skip
     model_directory.save(sliced, {"unet": params}, directory, dtype=np.float32)

@@ -36,12 +36,12 @@ def source(tmp_path_factory: pytest.TempPathFactory, models: dict) -> pathlib.Pa
 
 
 @pytest.fixture(scope="module")
-def model(source: pathlib.Path) -> model_directory.Model:
+def model(source: pathlib.Path) -> model_directory.ModelConfig:
     return model_directory.open_model(source)
 
 
 @pytest.fixture(scope="module")
-def shapes(model: model_directory.Model) -> dict:
+def shapes(model: model_directory.ModelConfig) -> dict:
     return {name: model_directory.param_shapes(model, name) for name in COMPONENTS}
 
 

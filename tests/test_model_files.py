@@ -32,7 +32,7 @@ def _edit(path: pathlib.Path, **changes) -> None:
 def test_no_weights_are_needed_to_open_a_model(directory):
     schedule = noise_schedule.Schedule.from_json(noise_schedule.Schedule().to_json())
     want = (clip.TextConfig(), unet.UNetConfig(), vae.VAEConfig(), schedule, directory)
-    assert model_directory.open_model(directory) == model_directory.Model(*want)
+    assert model_directory.open_model(directory) == model_directory.ModelConfig(*want)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,12 @@ def lower(run: config.Run, stage: str, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def batch_shapes(
-    model: model_directory.Model, batch_size: int, size: int, stage: str, mesh: Mesh, width: int
+    model: model_directory.ModelConfig,
+    batch_size: int,
+    size: int,
+    stage: str,
+    mesh: Mesh,
+    width: int,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What `aptp.data.Examples.batch` gives a stage; `width` is that of embedded prompts."""
     text, latent = model.text_encoder, (size, size, model.unet.in_channels)
@@ -222,7 +227,7 @@ def _step(
     return step.lower(_sharded(state, mesh), _sharded(frozen, mesh), batch, key)
 
 
-def _latent_size(of: config.RouterData, model: model_directory.Model) -> int:
+def _latent_size(of: config.RouterData, model: model_directory.ModelConfig) -> int:
     return pictures.size(of) // model.vae.downscale
 
 

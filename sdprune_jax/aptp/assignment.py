@@ -53,7 +53,7 @@ def nearest(
 
 
 def of_prompts(
-    workdir: pathlib.Path, model: model_directory.Model, texts: Sequence[str], mesh: Mesh
+    workdir: pathlib.Path, model: model_directory.ModelConfig, texts: Sequence[str], mesh: Mesh
 ) -> Int32[np.ndarray, " rows"]:
     """Returns the experts of any prompts, by the router and the balance of a finished `assign`.
 

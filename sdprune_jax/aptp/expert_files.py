@@ -78,7 +78,7 @@ class Experts(NamedTuple):
 
 def write(
     directory: pathlib.Path,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     dense: Any,
     cuts: Iterable[Cut],
     purpose: Purpose,
@@ -203,7 +203,7 @@ def save_arrays(directory: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> No
 
 def _save(
     directory: pathlib.Path,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     params: Any,
     purpose: Purpose,
     save_dtype: str,

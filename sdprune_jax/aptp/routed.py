@@ -85,7 +85,7 @@ def states(
 def models(
     directories: Directories,
     workdir: pathlib.Path,
-    dense: model_directory.Model,
+    dense: model_directory.ModelConfig,
     texts: Sequence[str],
     mesh: Mesh,
 ) -> dict[str, Drawn]:

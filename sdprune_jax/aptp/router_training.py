@@ -26,7 +26,7 @@ from sdprune_jax.training import distillation, encoded, loop
 
 def check(
     section: config.Router,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     layout: Layout,
     latent_size: tuple[int, int],
 ) -> None:
@@ -46,7 +46,7 @@ def check(
 
 
 def budget_costs(
-    section: config.Router, model: model_directory.Model, latent_size: tuple[int, int]
+    section: config.Router, model: model_directory.ModelConfig, latent_size: tuple[int, int]
 ) -> macs.SiteMacs:
     """MACs of every site, as the budget counts them."""
     tokens = model.text_encoder.max_position_embeddings
@@ -70,7 +70,7 @@ def kept_shares(
 
 def make_loss(
     section: config.Router,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     costs: macs.SiteMacs,
     layout: Layout,
     dtype: Any = jnp.float32,
@@ -131,7 +131,7 @@ def make_loss(
 
 
 def load(
-    workdir: pathlib.Path, model: model_directory.Model, mesh: Mesh
+    workdir: pathlib.Path, model: model_directory.ModelConfig, mesh: Mesh
 ) -> tuple[loop.Params, config.Router, RouterRecord]:
     """Returns the router of a run: its parameters, the section that made it, and its record.
 

@@ -95,7 +95,7 @@ def read_pruning(source: pathlib.Path, layout: Layout) -> Pruning:
 
 
 def write_pruning(
-    source: pathlib.Path, target: pathlib.Path, model: model_directory.Model, encoder: str
+    source: pathlib.Path, target: pathlib.Path, model: model_directory.ModelConfig, encoder: str
 ) -> str:
     """Makes `target/router` of a pruning, as stage `router` leaves it; says what it holds.
 
@@ -144,7 +144,7 @@ def write_pruning(
     )
 
 
-def expert(source: pathlib.Path, dense: model_directory.Model) -> model_directory.Model:
+def expert(source: pathlib.Path, dense: model_directory.ModelConfig) -> model_directory.ModelConfig:
     """The model of a published expert; what of its tensors does not fit is told when they are read.
 
     Raises:

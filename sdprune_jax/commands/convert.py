@@ -106,7 +106,7 @@ def _format(source: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def _configs(args: argparse.Namespace, kind: str) -> Iterator[model_directory.Model]:
+def _configs(args: argparse.Namespace, kind: str) -> Iterator[model_directory.ModelConfig]:
     if kind == "aptp":
         yield aptp_files.expert(args.source, model_directory.open_model(args.config))
     elif kind != "single":
@@ -126,7 +126,7 @@ def _configs(args: argparse.Namespace, kind: str) -> Iterator[model_directory.Mo
 
 
 def _read(
-    args: argparse.Namespace, kind: str, model: model_directory.Model
+    args: argparse.Namespace, kind: str, model: model_directory.ModelConfig
 ) -> tuple[dict[str, Any], dict[str, tensors.StoredTensor]]:
     if kind == "single":
         return single_file.read(args.source, model)
@@ -148,7 +148,7 @@ def _read(
 
 def _write(
     args: argparse.Namespace,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     params: Mapping[str, Any],
     extra: Mapping[str, tensors.StoredTensor],
 ) -> None:

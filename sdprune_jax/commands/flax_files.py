@@ -61,7 +61,10 @@ def read(path: pathlib.Path, shapes: Mapping[str, Any], component: str) -> dict[
 
 
 def write(
-    directory: pathlib.Path, model: model_directory.Model, params: Mapping[str, Any], dtype: Any
+    directory: pathlib.Path,
+    model: model_directory.ModelConfig,
+    params: Mapping[str, Any],
+    dtype: Any,
 ) -> None:
     """Fills an empty directory with the pipeline that `FlaxStableDiffusionPipeline` read."""
     configs.write_small_files(model.directory, directory, model.schedule)

@@ -125,7 +125,7 @@ def text_name(key: str) -> tuple[str, int | None]:
     return _replace_words(key, _TEXT_WORDS), None
 
 
-def places(model: model_directory.Model, component: str) -> dict[str, Place]:
+def places(model: model_directory.ModelConfig, component: str) -> dict[str, Place]:
     """Where in the file each parameter is, by its path."""
     found = {}
     for path in convert.flatten(model_directory.param_shapes(model, component)):
@@ -142,7 +142,7 @@ def places(model: model_directory.Model, component: str) -> dict[str, Place]:
 
 
 def read(
-    path: pathlib.Path, model: model_directory.Model
+    path: pathlib.Path, model: model_directory.ModelConfig
 ) -> tuple[dict[str, Any], dict[str, tensors.StoredTensor]]:
     """Reads the parameters of every component, and returns the tensors that are none of them.
 
@@ -180,7 +180,7 @@ def read(
 
 def write(
     path: pathlib.Path,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     params: Mapping[str, Any],
     dtype: Any,
     extra: Mapping[str, tensors.StoredTensor],

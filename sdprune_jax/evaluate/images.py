@@ -15,12 +15,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdprune_jax import pipeline, sharding
-from sdprune_jax.files.model_directory import Model
+from sdprune_jax.files.model_directory import ModelConfig
 
 
 def complete(
     directory: pathlib.Path,
-    model: Model,
+    model: ModelConfig,
     params: Any,
     sample: pipeline.Sample,
     prompts: Sequence[str],

@@ -20,7 +20,7 @@ _Read = Callable[[int], UInt8[np.ndarray, "h w 3"]]
 
 
 def load_networks(
-    section: config.Evaluate, protocol: Protocol, dense: model_directory.Model
+    section: config.Evaluate, protocol: Protocol, dense: model_directory.ModelConfig
 ) -> dict[str, networks.Network]:
     """All that a protocol's metrics need, by name."""
     names = needs.network_names(protocol)

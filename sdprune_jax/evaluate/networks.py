@@ -28,7 +28,7 @@ class Network(NamedTuple):
     scorer: embedded.Scorer | None  # of the embedded CLIP
 
 
-def load(name: str, directory: str, model: model_directory.Model) -> Network:
+def load(name: str, directory: str, model: model_directory.ModelConfig) -> Network:
     """Loads a network by its name in a protocol.
 
     Args:
@@ -69,7 +69,7 @@ def load(name: str, directory: str, model: model_directory.Model) -> Network:
 
 
 def load_lpips(
-    directory: str, model: model_directory.Model, size: tuple[int, int]
+    directory: str, model: model_directory.ModelConfig, size: tuple[int, int]
 ) -> Network | None:
     """Loads "lpips" if `directory` has it: no protocol needs it.
 

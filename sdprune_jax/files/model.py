@@ -21,7 +21,7 @@ class Model:
         params: nested parameters by component: "text_encoder", "unet" and "vae".
     """
 
-    config: model_directory.Model
+    config: model_directory.ModelConfig
     params: Mapping[str, Mapping[str, Any]]
 
     def replace(self, **params: Mapping[str, Any]) -> "Model":

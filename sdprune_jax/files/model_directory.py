@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import huggingface_hub
 import jax
 import numpy as np
 
@@ -33,7 +32,7 @@ _STEMS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ModelConfig:
     """The configs of a diffusers directory.
 
     Attributes:
@@ -62,6 +61,8 @@ def directory_of(name: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(name)
     if path.exists() or not re.fullmatch(r"[\w-]+[\w.-]*/[\w.-]+", str(name)):
         return path
+    import huggingface_hub  # a second, for nobody who names a directory
+
     index = huggingface_hub.try_to_load_from_cache(str(name), "model_index.json")
     if not isinstance(index, str):
         raise UserError(
@@ -71,7 +72,7 @@ def directory_of(name: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(index).parent
 
 
-def open_model(directory: str | os.PathLike[str]) -> Model:
+def open_model(directory: str | os.PathLike[str]) -> ModelConfig:
     """Reads and checks every config of a diffusers directory; weights are not touched.
 
     Class names of Flax and other names of the past are taken as what they were.
@@ -101,7 +102,7 @@ def open_model(directory: str | os.PathLike[str]) -> Model:
     if problems:
         raise UserError(f"{directory} cannot be used:\n  " + "\n  ".join(problems))
     config_files.warn_of_prediction_type(values["unet"], configs["scheduler"].prediction_type)
-    return Model(schedule=configs.pop("scheduler"), directory=directory, **configs)
+    return ModelConfig(schedule=configs.pop("scheduler"), directory=directory, **configs)
 
 
 def files_of(directory: pathlib.Path, variant: str | None = None) -> list[pathlib.Path]:
@@ -122,7 +123,7 @@ def files_of(directory: pathlib.Path, variant: str | None = None) -> list[pathli
     return paths
 
 
-def param_shapes(model: Model, component: str) -> dict[str, Any]:
+def param_shapes(model: ModelConfig, component: str) -> dict[str, Any]:
     """Nested `jax.ShapeDtypeStruct`s of a component: one of `COMPONENTS`."""
     return _traced_shapes(component, getattr(model, component))
 
@@ -137,13 +138,13 @@ def _traced_shapes(component: str, config: Any) -> dict[str, Any]:
     return shapes[component](config)
 
 
-def check_weights(model: Model, component: str, variant: str | None = None) -> None:
+def check_weights(model: ModelConfig, component: str, variant: str | None = None) -> None:
     """Checks that the weights of a component are there and fit its config; none is read."""
     weights.check_params(model.directory / component, param_shapes(model, component), variant)
 
 
 def load(
-    model: Model,
+    model: ModelConfig,
     component: str,
     *,
     dtype: Any = None,
@@ -163,7 +164,7 @@ def load(
 
 
 def save(
-    model: Model,
+    model: ModelConfig,
     params: Mapping[str, Any],
     directory: str | os.PathLike[str],
     *,
@@ -212,7 +213,7 @@ def save(
 
 
 def write(
-    model: Model,
+    model: ModelConfig,
     params: Mapping[str, Any],
     directory: pathlib.Path,
     *,
@@ -243,7 +244,7 @@ def write(
 
 
 def _write_config(
-    model: Model, component: str, params: Mapping[str, Any], dtype: Any, new: pathlib.Path
+    model: ModelConfig, component: str, params: Mapping[str, Any], dtype: Any, new: pathlib.Path
 ) -> None:
     config = getattr(model, component)
     path = model.directory / component / "config.json"

@@ -193,7 +193,10 @@ def verify(output: pathlib.Path, name: str, tree: Any, dtype: np.dtype) -> int:
 
 
 def stored_bytes(
-    model: model_directory.Model, output: pathlib.Path, pruned: dict[str, Any], variant: str | None
+    model: model_directory.ModelConfig,
+    output: pathlib.Path,
+    pruned: dict[str, Any],
+    variant: str | None,
 ) -> dict[str, int]:
     """Sizes of the pruned components' weights, in the dtype written, and compressed by zlib.
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from sdprune_jax import UserError, pipeline, sharding
 from sdprune_jax.files import convert
-from sdprune_jax.files.model_directory import Model
+from sdprune_jax.files.model_directory import ModelConfig
 from sdprune_jax.models import clip, samplers, unet
 from sdprune_jax.scoring import accumulate, inputs, recorder
 from sdprune_jax.scoring.recorder import LayerStats, Stats
@@ -61,7 +61,7 @@ def text_statistics(
 
 
 def unet_statistics(
-    model: Model,
+    model: ModelConfig,
     params: Any,
     mesh: Mesh,
     text: Float[np.ndarray, "rows n d"],
@@ -111,7 +111,11 @@ def unet_statistics(
 
 
 def lower_unet(
-    model: Model, mesh: Mesh, paths: Sequence[str], statistic: str, settings: CalibrationSettings
+    model: ModelConfig,
+    mesh: Mesh,
+    paths: Sequence[str],
+    statistic: str,
+    settings: CalibrationSettings,
 ) -> jax.stages.Lowered:
     """The program that `unet_statistics` runs for every batch of prompts, from shapes alone.
 
@@ -149,7 +153,7 @@ def lower_unet(
 
 
 def _time_statistics(
-    model: Model, params: Any, statistic: str, settings: CalibrationSettings
+    model: ModelConfig, params: Any, statistic: str, settings: CalibrationSettings
 ) -> Stats:
     """Statistics of the inputs of the time embedding's layers at all timesteps."""
     num = model.schedule.num_train_timesteps
@@ -159,7 +163,7 @@ def _time_statistics(
 
 
 def _text_state_statistics(
-    model: Model,
+    model: ModelConfig,
     text: Float[np.ndarray, "rows n d"],
     statistic: str,
     settings: CalibrationSettings,
@@ -176,7 +180,7 @@ def _text_state_statistics(
 
 def _walk(
     setup: accumulate.Setup,
-    model: Model,
+    model: ModelConfig,
     params: Any,
     text: Float[np.ndarray, "rows n d"],
     key: Key[Array, ""],
@@ -199,7 +203,7 @@ def _walk(
 
 
 def _setup(
-    model: Model,
+    model: ModelConfig,
     params: Any,
     mesh: Mesh,
     paths: Sequence[str],
@@ -210,7 +214,7 @@ def _setup(
     return accumulate.Setup(model.unet, mesh, layers, statistic, settings.position_fraction, guided)
 
 
-def _noise_shape(model: Model, settings: CalibrationSettings) -> tuple[int, int, int]:
+def _noise_shape(model: ModelConfig, settings: CalibrationSettings) -> tuple[int, int, int]:
     height, width = settings.latent_size or (model.unet.sample_size,) * 2
     return height, width, model.unet.in_channels
 

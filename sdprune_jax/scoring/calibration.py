@@ -36,7 +36,7 @@ class Calibration:
     """
 
     settings: CalibrationSettings
-    model: model_directory.Model
+    model: model_directory.ModelConfig
     component: str
     mesh: Mesh
     prompts: Sequence[str]

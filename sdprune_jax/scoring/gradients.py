@@ -32,7 +32,7 @@ class Sums(NamedTuple):
 
 
 def of_pictures(
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     params: Any,
     mesh: Mesh,
     settings: GradientSettings,
@@ -55,7 +55,7 @@ def of_pictures(
 
 
 def sums(
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     params: Any,
     mesh: Mesh,
     latents: Float[np.ndarray, "images h w c"],

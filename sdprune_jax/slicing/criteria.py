@@ -12,7 +12,7 @@ from absl import logging
 
 from sdprune_jax import UserError, sharding, sites
 from sdprune_jax.files import convert
-from sdprune_jax.files.model_directory import Model
+from sdprune_jax.files.model_directory import ModelConfig
 from sdprune_jax.models import unet
 from sdprune_jax.scoring import obs
 from sdprune_jax.scoring.calibration import Calibration
@@ -97,7 +97,7 @@ class Sliced(NamedTuple):
 
 
 def slice_unet(
-    model: Model,
+    model: ModelConfig,
     params: Mapping[str, Any],
     criterion: Criterion,
     calibration: Calibration | None = None,
@@ -123,7 +123,7 @@ def slice_unet(
     return _CRITERIA[criterion.name](_Task(model, dense, criterion, calibration, seed))
 
 
-def check(model: Model, criterion: Criterion) -> None:
+def check(model: ModelConfig, criterion: Criterion) -> None:
     """Checks before any score is computed that a UNet can be cut to its budget.
 
     Raises:
@@ -143,14 +143,16 @@ def check(model: Model, criterion: Criterion) -> None:
 class _Task(NamedTuple):
     """What every criterion may read: the arguments of `slice_unet`."""
 
-    model: Model
+    model: ModelConfig
     dense: Any
     criterion: Criterion
     calibration: Calibration | None
     seed: int
 
 
-def _chosen(model: Model, criterion: Criterion, scores: structured.Scores) -> sites.Architecture:
+def _chosen(
+    model: ModelConfig, criterion: Criterion, scores: structured.Scores
+) -> sites.Architecture:
     """The units that stay within the budget; those of the lowest scores go first."""
     by_operator = criterion.name == "operators"
     count = macs.by_operator if by_operator else macs.by_site

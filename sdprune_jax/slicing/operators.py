@@ -18,7 +18,7 @@ from sdprune_jax.scoring.settings import CalibrationSettings
 
 
 def score(
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     params: Any,
     mesh: Mesh,
     text: Float[np.ndarray, "rows n d"],
@@ -80,7 +80,10 @@ def score(
 
 
 def _make_sample(
-    model: model_directory.Model, mesh: Mesh, names: Sequence[str], settings: CalibrationSettings
+    model: model_directory.ModelConfig,
+    mesh: Mesh,
+    names: Sequence[str],
+    settings: CalibrationSettings,
 ) -> Any:
     """`(params, noise, text, negative, gates) -> latents`, with a gate for each of `names`."""
     apply: Any = unet.UNet(model.unet).apply

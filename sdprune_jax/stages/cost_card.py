@@ -32,7 +32,7 @@ class Planned(NamedTuple):
         mesh: of the machine that is planned for; its devices are stand-ins.
     """
 
-    model: model_directory.Model
+    model: model_directory.ModelConfig
     shapes: dict[str, Any]
     mesh: Mesh
 
@@ -105,7 +105,7 @@ def _parameters(shapes: dict[str, Any], mesh: Mesh) -> list[Row]:
     return [*rows, ("pipeline", f"{total:,}", *[""] * len(heads), *sizes)]
 
 
-def _arithmetic(model: model_directory.Model, section: config.Generate) -> list[Row]:
+def _arithmetic(model: model_directory.ModelConfig, section: config.Generate) -> list[Row]:
     """Of the prompts, only the image's own is counted: the negative one is encoded once a batch."""
     scale = model.vae.downscale  # pixels
     height = section.height or model.unet.sample_size * scale

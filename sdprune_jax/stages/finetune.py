@@ -29,7 +29,7 @@ class _Task(NamedTuple):
 
     run: config.Run
     section: config.Finetune
-    model: model_directory.Model
+    model: model_directory.ModelConfig
     examples: Mapping[str, encoded.Examples]
     frozen: loop.Params
     mesh: Mesh
@@ -166,7 +166,7 @@ def _evaluator(
     return evaluate
 
 
-def _load(model: model_directory.Model, mesh: Mesh, variant: str | None) -> loop.Params:
+def _load(model: model_directory.ModelConfig, mesh: Mesh, variant: str | None) -> loop.Params:
     """Parameters of a UNet in float32, the large ones split over the mesh."""
     shardings = sharding.fsdp_shardings(model_directory.param_shapes(model, "unet"), mesh)
     return model_directory.load(

@@ -123,7 +123,7 @@ def _prompts(
     return captions.drawn(section.split, section.num_prompts, seed)
 
 
-def _size(section: config.Generate, model: model_directory.Model) -> tuple[int, int]:
+def _size(section: config.Generate, model: model_directory.ModelConfig) -> tuple[int, int]:
     """Height and width in pixels."""
     downscale = model.vae.downscale
     own = model.unet.sample_size * downscale
@@ -139,7 +139,7 @@ def _size(section: config.Generate, model: model_directory.Model) -> tuple[int, 
 
 
 def _generate(
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     sample: pipeline.Sample,
     prompts: list[str],
     index: list[int],

@@ -6,12 +6,12 @@ from sdprune_jax.files import model_directory
 from sdprune_jax.models import samplers
 
 
-def open_model(run: config.Run) -> model_directory.Model:
+def open_model(run: config.Run) -> model_directory.ModelConfig:
     """Returns the configs of the model of a run."""
     return model_directory.open_model(model_directory.directory_of(run.model))
 
 
-def check_model(run: config.Run, *, reads_texts: bool = True) -> model_directory.Model:
+def check_model(run: config.Run, *, reads_texts: bool = True) -> model_directory.ModelConfig:
     """Checks the headers of the weights and, if texts are read, the tokenizer; no weight is read.
 
     Raises:
@@ -35,7 +35,7 @@ def check_model(run: config.Run, *, reads_texts: bool = True) -> model_directory
 
 
 def check_calibration(
-    section: config.Calibration, model: model_directory.Model, num_devices: int, key: str
+    section: config.Calibration, model: model_directory.ModelConfig, num_devices: int, key: str
 ) -> None:
     """Checks what a calibration reads and how its batches divide.
 

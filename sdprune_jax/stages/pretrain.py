@@ -70,7 +70,9 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         section.unet, unet_config, vae_config.scaling_factor, latents, states, run.seed, mesh,
         work / "unet",
     )  # fmt: skip
-    model = model_directory.Model(text_config, unet_config, vae_config, denoiser.SCHEDULE, work)
+    model = model_directory.ModelConfig(
+        text_config, unet_config, vae_config, denoiser.SCHEDULE, work
+    )
     params = {"text_encoder": text_params, "unet": unet_params, "vae": vae_params}
     with artefacts.writing(output, made_from) as partial:
         partial.record = {"parameters": {name: _size(tree) for name, tree in params.items()}}
@@ -138,7 +140,7 @@ def plan(run: config.Run, planned: cost_card.Planned) -> str:
     return cost_card.aligned(rows)
 
 
-def planned_model(run: config.Run) -> model_directory.Model:
+def planned_model(run: config.Run) -> model_directory.ModelConfig:
     """Returns the configs of the model that will be made, its vocabulary at its largest."""
     section = run.pretrain
     assert section is not None
@@ -153,4 +155,6 @@ def planned_model(run: config.Run) -> model_directory.Model:
     vae_config = autoencoder.configure(section.vae)
     unet_config = denoiser.configure(section.unet, vae_config, text_config)
     directory = pathlib.Path(run.workdir) / "model"
-    return model_directory.Model(text_config, unet_config, vae_config, denoiser.SCHEDULE, directory)
+    return model_directory.ModelConfig(
+        text_config, unet_config, vae_config, denoiser.SCHEDULE, directory
+    )

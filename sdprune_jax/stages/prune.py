@@ -65,7 +65,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
 def _prune(
     run: config.Run,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     name: str,
     section: config.PruneComponent,
     mesh: Mesh,
@@ -91,7 +91,7 @@ def _prune(
 
 def _record(
     run: config.Run,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     directory: pathlib.Path,
     pruned: dict[str, Any],
     records: Mapping[str, record.ComponentRecord],
@@ -191,7 +191,7 @@ def method_of(section: config.PruneComponent) -> Method:
 
 def open_calibration(
     section: config.Calibration,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     component: str,
     mesh: Mesh,
     seed: int,

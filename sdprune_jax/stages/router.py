@@ -77,7 +77,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
 def _train(
     run: config.Run,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     costs: macs.SiteMacs,
     examples: encoded.Examples,
     figures: Callable[[loop.Params], dict[str, float]],

@@ -249,7 +249,7 @@ def _protocol(section: config.Sweep) -> Protocol:
 
 def _refuse(
     section: config.Sweep,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     protocol: Protocol,
     edge: int,
 ) -> None:

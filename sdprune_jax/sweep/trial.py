@@ -53,7 +53,7 @@ class Bench(NamedTuple):
 
     run: config.Run
     mesh: Mesh
-    model: model_directory.Model
+    model: model_directory.ModelConfig
     protocol: Protocol
     size: tuple[int, int]
     asked: task.Task
@@ -70,7 +70,7 @@ class Bench(NamedTuple):
 def open_bench(
     run: config.Run,
     mesh: Mesh,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     protocol: Protocol,
     asked: task.Task,
     size: tuple[int, int],

@@ -16,7 +16,7 @@ from sdprune_jax.training import encoded, loop
 
 def make_loss(
     section: config.Finetune,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     unet_config: unet.UNetConfig,
     dtype: Any = jnp.float32,
 ) -> loop.LossFn:

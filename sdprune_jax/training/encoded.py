@@ -67,7 +67,7 @@ class Examples(NamedTuple):
 
 def embeddings(
     section: config.RouterData,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     texts: Sequence[str],
     mesh: Mesh,
     cache_dir: pathlib.Path | None,
@@ -116,7 +116,7 @@ def embeddings(
 
 
 def encoder_of(
-    section: config.RouterData, model: model_directory.Model
+    section: config.RouterData, model: model_directory.ModelConfig
 ) -> clip.TextConfig | sentence.SentenceConfig:
     """What embeds the prompts that are routed; both kinds have a `hidden_size`.
 
@@ -136,7 +136,7 @@ def encoder_of(
 
 def examples(
     section: config.RouterData,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     pairs: emoji.Pairs | Stored,
     texts: Sequence[str],
     mesh: Mesh,
@@ -183,7 +183,7 @@ def examples(
 
 def of_split(
     section: config.RouterData,
-    model: model_directory.Model,
+    model: model_directory.ModelConfig,
     split: str,
     seed: int,
     mesh: Mesh,
@@ -244,7 +244,9 @@ def _moments(
     return jnp.concatenate(moments, axis=-1)
 
 
-def _ids(model: model_directory.Model, texts: Sequence[str]) -> Int32[np.ndarray, "rows tokens"]:
+def _ids(
+    model: model_directory.ModelConfig, texts: Sequence[str]
+) -> Int32[np.ndarray, "rows tokens"]:
     words = tokenizer.load(model.directory / "tokenizer")
     return tokenizer.encode(words, texts, model.text_encoder.max_position_embeddings)
 

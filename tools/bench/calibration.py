@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdprune_jax import pipeline, sharding, sites
-from sdprune_jax.files.model_directory import Model
+from sdprune_jax.files.model_directory import ModelConfig
 from sdprune_jax.models import clip, noise_schedule, samplers, unet, vae
 from sdprune_jax.scoring import calibrate, obs
 from sdprune_jax.scoring.recorder import LayerStats
@@ -57,7 +57,7 @@ def _calibration(config: unet.UNetConfig, num_prompts: int, num_steps: int, roun
         loop.init_params(shapes, 0), sharding.fsdp_shardings(shapes, mesh)
     )  # fmt: skip
     walk = CalibrationSettings(num_steps=num_steps, batch_size=batch)
-    model = Model(
+    model = ModelConfig(
         clip.TextConfig(), config, vae.VAEConfig(), noise_schedule.Schedule(), pathlib.Path()
     )  # fmt: skip
     rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def _calibration(config: unet.UNetConfig, num_prompts: int, num_steps: int, roun
 
 
 def _denoise(
-    model: Model,
+    model: ModelConfig,
     params: dict,
     text: np.ndarray,
     negative: np.ndarray,

@@ -79,7 +79,7 @@ def _units(num: float, kind: str) -> int:
 
 def _shapes(config: unet.UNetConfig) -> Any:
     parts = (clip.TextConfig(), config, vae.VAEConfig(), noise_schedule.Schedule())
-    return model_directory.param_shapes(model_directory.Model(*parts, pathlib.Path()), "unet")
+    return model_directory.param_shapes(model_directory.ModelConfig(*parts, pathlib.Path()), "unet")
 
 
 def _call(config: unet.UNetConfig, size: int) -> Callable[[], Any]:

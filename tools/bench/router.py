@@ -41,7 +41,7 @@ _APART = {"float32": 1e-4, "bfloat16": 3e-2}  # losses, relative
 class Case(NamedTuple):
     """What both sides start from."""
 
-    model: model_directory.Model
+    model: model_directory.ModelConfig
     section: config.Router
     layout: Layout
     costs: Any
@@ -91,7 +91,7 @@ def _case(name: str, batch_size: int) -> Case:
     else:
         schedule = noise_schedule.Schedule(prediction_type="v_prediction")
         parts = (clip.TextConfig(), unet.UNetConfig(), vae.VAEConfig())
-        model = model_directory.Model(*parts, schedule, pathlib.Path())
+        model = model_directory.ModelConfig(*parts, schedule, pathlib.Path())
         size, width = 32, 768
         frozen = loop.init_params(model_directory.param_shapes(model, "unet"), 0)
     section = config.Router(batch_size=batch_size, warmup_steps=0, ramp_steps=0)
