@@ -72,7 +72,7 @@ def make_sample(
 
     Returns:
         `(params, ids, negative_ids, noise, guidance_scale) -> Sampled`; guidance scale 1 is the
-        prompt alone. Source of guidance: Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598).
+        prompt alone.
     """
     anywhere = dataclasses.replace(model, directory=pathlib.Path())
     program = sample_program(anywhere, mesh, sampler, num_steps, guided, jnp.dtype(dtype))
@@ -92,7 +92,7 @@ def sample_program(
 ) -> Any:
     """The jitted function of `make_sample`, which has the same arguments and all on the mesh."""
     encode: Any = clip.TextTower(model.text_encoder, dtype).apply
-    denoise: Any = unet.UNet(model.unet, dtype).apply
+    unet_apply: Any = unet.UNet(model.unet, dtype).apply
     decode: Any = partial(vae.VAE(model.vae, dtype).apply, method="decode")
     table = samplers.timetable(model.schedule, sampler, num_steps)
     over_batch = sharding.batch_sharding(mesh)
@@ -111,24 +111,63 @@ def sample_program(
     ) -> Sampled:
         text_params = {"params": params["text_encoder"]}
         text = encode(text_params, ids)
-        if guided:
-            negative = encode(text_params, negative_ids)
-            text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
+        negative = encode(text_params, negative_ids) if guided else None
 
-        def call(state: samplers.SamplerState, row: samplers.Timetable) -> Any:
-            x = jnp.concatenate([state.x, state.x]) if guided else state.x
-            timestep = jnp.broadcast_to(row.timestep, x.shape[:1])
-            out = denoise({"params": params["unet"]}, x, timestep, text)
-            if guided:
-                negative, positive = jnp.split(out, 2)
-                out = negative + guidance_scale * (positive - negative)
-            return samplers.step(state, row, out), None
+        def predict(carry: None, x: Any, timestep: Any, text: Any) -> Any:
+            return carry, unet_apply({"params": params["unet"]}, x, timestep, text)
 
-        state, _ = jax.lax.scan(call, samplers.start(noise), jax.tree.map(jnp.asarray, table))
-        images = decode({"params": params["vae"]}, state.x / model.vae.scaling_factor)
-        return Sampled(state.x, images)
+        latents, _ = denoise(predict, table, noise, text, negative, guidance_scale)
+        images = decode({"params": params["vae"]}, latents / model.vae.scaling_factor)
+        return Sampled(latents, images)
 
     return sample
+
+
+def denoise(
+    predict: Callable[..., tuple[Any, Float[Array, "_b h w c"]]],
+    table: samplers.Timetable,
+    noise: Float[Array, "b h w c"],
+    text: Float[Array, "b n d"],
+    negative: Float[Array, "1 n d"] | None,
+    guidance_scale: Any,
+    *,
+    carry: Any = None,
+    per_call: tuple[Any, ...] = (),
+) -> tuple[Float[Array, "b h w c"], Any]:
+    """Walks from noise to latents, under guidance if there is a negative prompt.
+
+    Args:
+        predict: `(carry, x, timestep, text, *row of per_call) -> (carry, the UNet's prediction)`,
+            once a call. Under guidance the first half of its batch has the negative prompt.
+        table: timesteps and coefficients of the sampler.
+        noise: where the walk starts.
+        text: states of the prompts.
+        negative: states of what guidance leads away from; None walks by the prompts alone.
+        guidance_scale: 1 is the prompts alone.
+        carry: what `predict` hands from call to call.
+        per_call: arrays whose leading axis has a row for every call.
+
+    Returns:
+        The last latents and the last `carry`.
+
+    Source: Ho & Salimans 2022, classifier-free guidance (https://arxiv.org/abs/2207.12598).
+    """
+    guided = negative is not None
+    if guided:
+        text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
+
+    def call(state: Any, inputs: Any) -> Any:
+        (walk, carry), (row, rows) = state, inputs
+        x = jnp.concatenate([walk.x, walk.x]) if guided else walk.x
+        carry, out = predict(carry, x, jnp.broadcast_to(row.timestep, x.shape[:1]), text, *rows)
+        if guided:
+            without, prompted = jnp.split(out, 2)
+            out = without + guidance_scale * (prompted - without)
+        return (samplers.step(walk, row, out), carry), None
+
+    steps = (jax.tree.map(jnp.asarray, table), per_call)
+    (walk, carry), _ = jax.lax.scan(call, (samplers.start(noise), carry), steps)
+    return walk.x, carry
 
 
 def render(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from sdprune_jax import sharding
+from sdprune_jax import pipeline, sharding
 from sdprune_jax.models import clip, samplers, unet
 from sdprune_jax.scoring import recorder
 from sdprune_jax.scoring.recorder import LayerStats, Stats
@@ -59,24 +59,21 @@ def add_trajectories(
     """`stats` and what denoising one batch adds; calls count by `alphas`, prompts by `weight`."""
     apply: Any = unet.UNet(setup.config).apply
     if setup.guided:
-        text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
         weight = jnp.concatenate([weight, weight])
 
-    def call(carry: Any, inputs: Any) -> Any:
-        state, stats = carry
-        row, alpha, number = inputs
-        x = jnp.concatenate([state.x, state.x]) if setup.guided else state.x
+    def predict(stats: Stats, x: Any, timestep: Any, text: Any, alpha: Any, number: Any) -> Any:
+        inputs, own_key = (x, timestep, text), jax.random.fold_in(key, number)
+        weights = alpha * weight
         out, new = recorder.apply_and_record(
-            apply, params, (x, jnp.broadcast_to(row.timestep, x.shape[:1]), text), setup.paths,
-            setup.statistic, alpha * weight, setup.fraction, jax.random.fold_in(key, number),
-        )  # fmt: skip
-        if setup.guided:
-            without, prompted = jnp.split(out, 2)
-            out = without + guidance_scale * (prompted - without)
-        return (samplers.step(state, row, out), _add(setup, stats, new)), None
+            apply, params, inputs, setup.paths, setup.statistic, weights, setup.fraction, own_key
+        )
+        return _add(setup, stats, new), out
 
-    steps = (table, alphas, jnp.arange(len(alphas)))
-    (_, stats), _ = jax.lax.scan(call, (samplers.start(noise), stats), steps)
+    away_from = negative if setup.guided else None
+    per_call = (alphas, jnp.arange(len(alphas)))
+    _, stats = pipeline.denoise(
+        predict, table, noise, text, away_from, guidance_scale, carry=stats, per_call=per_call
+    )
     return stats
 
 

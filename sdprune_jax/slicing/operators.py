@@ -87,7 +87,6 @@ def _make_sample(
 ) -> Any:
     """`(params, noise, text, negative, gates) -> latents`, with a gate for each of `names`."""
     apply: Any = unet.UNet(model.unet).apply
-    guided = settings.guidance_scale > 1
     table = samplers.timetable(model.schedule, settings.sampler, settings.num_steps)
     split = sharding.batch_sharding(mesh)
 
@@ -99,23 +98,15 @@ def _make_sample(
         negative: Float[Array, "1 n d"],
         gates: Float[Array, " names"],
     ) -> Float[Array, "b h w c"]:
-        if guided:
-            text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
-        own = {
-            name: jnp.broadcast_to(gate, (len(text), 1))
-            for name, gate in zip(names, gates, strict=True)
-        }
+        def predict(carry: None, x: Any, timestep: Any, text: Any) -> Any:
+            own = {
+                name: jnp.broadcast_to(gate, (len(text), 1))
+                for name, gate in zip(names, gates, strict=True)
+            }
+            return carry, apply({"params": params}, x, timestep, text, own)
 
-        def call(state: samplers.SamplerState, row: samplers.Timetable) -> Any:
-            x = jnp.concatenate([state.x, state.x]) if guided else state.x
-            timestep = jnp.broadcast_to(row.timestep, x.shape[:1])
-            out = apply({"params": params}, x, timestep, text, own)
-            if guided:
-                without, prompted = jnp.split(out, 2)
-                out = without + settings.guidance_scale * (prompted - without)
-            return samplers.step(state, row, out), None
-
-        state, _ = jax.lax.scan(call, samplers.start(noise), jax.tree.map(jnp.asarray, table))
-        return state.x
+        scale = settings.guidance_scale
+        away_from = negative if scale > 1 else None
+        return pipeline.denoise(predict, table, noise, text, away_from, scale)[0]
 
     return sample
