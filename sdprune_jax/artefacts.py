@@ -35,7 +35,7 @@ class Output:
 
     Attributes:
         stage: its section of the config.
-        directory: of the files.
+        directory: holds its files.
         record: the JSON file, in that directory or beside it.
         working: names in the directory that are no part of the output: checkpoints and caches.
     """

@@ -66,9 +66,9 @@ def make_sample(
         model: the configs of a diffusers directory; a masked model runs the program of the dense.
         mesh: batches are split over all of its axes.
         sampler: one of `samplers.SAMPLERS`; None for what the scheduler's class says.
-        num_steps: of the sampler.
+        num_steps: steps of the sampler.
         guided: run the UNet on the negative prompt too; without it half the work is saved.
-        dtype: of the computation.
+        dtype: dtype of the computation.
 
     Returns:
         `(params, ids, negative_ids, noise, guidance_scale) -> Sampled`; guidance scale 1 is the
@@ -189,12 +189,12 @@ def render(
 
     Args:
         model: as loaded into `params`.
-        params: of `load`.
-        sample: of `make_sample`.
-        prompts: of the whole experiment.
-        index: of the prompts wanted, each at its place in `prompts`.
+        params: parameters by component, from `load`.
+        sample: from `make_sample`.
+        prompts: texts of the whole experiment.
+        index: places in `prompts` of the texts to draw.
         size: height and width in pixels.
-        seed: of the noise.
+        seed: seed of the noise.
         guidance_scale: 1 is the prompt alone.
         negative_prompt: what guidance leads away from.
         batch_size: images at once, over all devices.
@@ -244,8 +244,8 @@ def generate(
         guidance_scale: 1 is the prompt alone.
         negative_prompt: what guidance leads away from.
         sampler: one of `samplers.SAMPLERS`; None is what the model's scheduler says.
-        height: of the pictures, in pixels; None is the model's own.
-        width: of the pictures, in pixels; None is the model's own.
+        height: height of the pictures in pixels; None is the model's own.
+        width: width of the pictures in pixels; None is the model's own.
         batch_size: pictures at once, over all devices; rounded up to a multiple of them.
         dtype: dtype of the computation.
         mesh: devices to use; None is all of them.

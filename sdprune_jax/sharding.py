@@ -78,7 +78,7 @@ def start_processes(coordinator: str, num_processes: int, process_id: int) -> No
             done. `auto`: as Cloud TPU, Slurm, Open MPI or Kubernetes says. Otherwise `HOST:PORT`
             of the first process.
         num_processes: only with `HOST:PORT`; 0 otherwise.
-        process_id: of this process, from 0; only with `HOST:PORT`.
+        process_id: number of this process, from 0; only with `HOST:PORT`.
 
     Raises:
         ValueError: if the three do not fit together, or the processes do not find each other.
@@ -167,7 +167,7 @@ def place(tree: Any, shardings: Any) -> Any:
     """Puts arrays on their devices; those of the host are the same on every process.
 
     Args:
-        tree: of host arrays, or of arrays that are on all devices already.
+        tree: host arrays, or arrays that are on all devices already.
         shardings: one of all leaves, or a tree of the same form.
     """
 
@@ -197,7 +197,7 @@ def of_first(find: Callable[[], Any], shape: tuple[int, ...] = ()) -> Bool[np.nd
 
     Args:
         find: called in the first process only.
-        shape: of what it returns.
+        shape: shape of what it returns.
     """
     found = np.zeros(shape, bool)
     if jax.process_index() == 0:
@@ -260,7 +260,6 @@ def fsdp_shardings(tree: Any, mesh: Mesh, min_bytes: int | None = None) -> Any:
 
     Args:
         tree: arrays or `jax.ShapeDtypeStruct`s.
-        mesh: of `make_mesh`.
         min_bytes: smaller leaves are replicated; None for `MIN_SHARDED_BYTES`.
     """
     least = MIN_SHARDED_BYTES if min_bytes is None else min_bytes

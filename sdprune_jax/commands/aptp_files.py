@@ -36,7 +36,7 @@ class Pruning(NamedTuple):
     """What a published pruning holds.
 
     Attributes:
-        params: of a router.
+        params: parameters as a router has them.
         code_gates: soft, (k, d): those of the last training step, that its experts are cut by.
     """
 
@@ -100,10 +100,10 @@ def write_pruning(
     """Makes `target/router` of a pruning, as stage `router` leaves it; says what it holds.
 
     Args:
-        source: of `read_pruning`.
         target: working directory of a run.
         model: the dense one.
-        encoder: of prompts: a directory of sentence-transformers, published all-mpnet-base-v2.
+        encoder: a directory of sentence-transformers that embeds prompts; published:
+            all-mpnet-base-v2.
 
     Raises:
         ValueError: as `read_pruning`, or if there is a router in `target`.

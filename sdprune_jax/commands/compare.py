@@ -48,11 +48,11 @@ class Row(NamedTuple):
     """A model of a run.
 
     Attributes:
-        name: of the run, and of the model where that says more.
-        directories: of its experts, or one.
-        shares: of prompts, by directory; sums to 1.
-        figures: of `evaluate.json`.
-        values: of each image, by figure; none of an evaluation by an older version.
+        name: what the table calls the run, and the model where that says more.
+        directories: one diffusers directory an expert, or the only one.
+        shares: share of the prompts that each directory draws; they sum to 1.
+        figures: the model's figures in `evaluate.json`.
+        values: what each image scores, by figure.
     """
 
     name: str

@@ -65,7 +65,7 @@ class Place(NamedTuple):
     """The tensor that holds a parameter.
 
     Attributes:
-        name: of the tensor.
+        name: what the file calls the tensor.
         third: which third of its rows the parameter is; None is all of it.
         is_convolution: whether a linear layer is stored as a 1x1 convolution.
     """

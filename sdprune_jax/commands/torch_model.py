@@ -50,8 +50,8 @@ def load_unet(
     """The UNet of a diffusers directory, with layers as wide as the weights are, blocks left out.
 
     Args:
-        directory: of a model, or its `unet/`. A dense model is loaded too.
-        variant: of the files: fp16 for `*.fp16.safetensors`.
+        directory: a model's, or its `unet/`. A dense model is loaded too.
+        variant: "fp16" reads `*.fp16.safetensors`.
         dtype: to compute in.
         device: as torch names it.
 

@@ -50,7 +50,7 @@ def decode(contents: bytes, name: str) -> Image:
     Of an animation it is the first frame. Colour profiles are ignored, as in the papers.
 
     Args:
-        contents: of a file in any format of Pillow.
+        contents: bytes of a file in any format that Pillow reads.
         name: for errors.
 
     Raises:

@@ -18,11 +18,11 @@ def rows_of_batch(
     A function of the step alone, so that a resumed run sees what an uninterrupted one sees.
 
     Args:
-        num_rows: of the data.
+        num_rows: number of rows in the data.
         batch_size: rows.
         step: from 0.
-        seed: of the order.
-        groups: of each row; rows of one group then come in runs of 24.
+        seed: draws the order.
+        groups: the group of each row; rows of one group then come in runs of 24.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     rows = np.empty(batch_size, np.int64)

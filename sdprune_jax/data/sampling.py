@@ -74,7 +74,7 @@ def aptp_cc3m(positions: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " 1400
     Unknown: which. Here they are the first 14,000 of the rows that there are.
 
     Args:
-        positions: of the rows of the dataset, ascending.
+        positions: places of the dataset's rows, ascending.
 
     Raises:
         ValueError: if there are fewer.
@@ -96,7 +96,7 @@ def bksdm(path: str | os.PathLike[str]) -> list[Prompt]:
     its FID is all of val2014, not these images.
 
     Args:
-        path: of `metadata.csv`: a heading, then file name and caption.
+        path: a `metadata.csv`: a heading, then file name and caption in each line.
 
     Raises:
         ValueError: if the file is missing or is not that list; names every kind of mistake.

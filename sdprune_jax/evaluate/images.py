@@ -33,12 +33,10 @@ def complete(
     picture that is there is whole. Every process calls it; the first one writes.
 
     Args:
-        directory: of these settings and this model alone, or the experts of one.
+        directory: for these settings and this model alone, or the experts of one.
         model: as loaded into `params`.
-        params: of `pipeline.load`.
-        sample: of `pipeline.make_sample`.
         prompts: one an image.
-        index: of the prompts that this model draws; None for all.
+        index: places of the prompts that this model draws; None draws all.
         **settings: of `pipeline.render`.
 
     Raises:

@@ -40,10 +40,9 @@ def measure(
 
     Args:
         section: where reference statistics are, and the number of resamples.
-        mesh: of `sharding.make_mesh`.
         protocol: what to measure.
-        loaded: of `load_networks`.
-        folders: of images, by model; features are kept in `cache` beside each.
+        loaded: networks by name, from `load_networks`.
+        folders: where each model's images are; features are kept in `cache` beside each.
         asked: prompts and reference pictures.
         cached: where the features of the reference pictures are kept.
     """

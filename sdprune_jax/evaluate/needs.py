@@ -16,7 +16,7 @@ def check(section: config.Evaluate, edge: int | None = None) -> None:
 
     Args:
         section: what is asked for.
-        edge: of the images that the model makes, in pixels; None if that is not known yet.
+        edge: height and width of the model's images, in pixels; None if not known yet.
 
     Raises:
         ValueError: naming all of `problems`.
@@ -30,9 +30,8 @@ def problems(section: config.Evaluate, protocol: Protocol, edge: int | None, key
 
     Args:
         section: what is asked for.
-        protocol: of it.
-        edge: as of `check`.
-        key: of the section, for the messages.
+        edge: see `check`.
+        key: what messages call the section.
     """
     found, name = [], protocol.name
     if (section.num_images or protocol.num_images) < 2:

@@ -74,7 +74,7 @@ def load_lpips(
     """Loads "lpips" if `directory` has it: no protocol needs it.
 
     Args:
-        directory: as of `load`.
+        directory: see `load`.
         model: the dense one.
         size: height and width of the images, in pixels. Smaller than LPIPS takes: a warning.
 

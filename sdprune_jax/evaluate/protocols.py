@@ -17,8 +17,8 @@ class Metric:
         kind: what is computed.
         network: whose features: a directory below the config's `networks`, or "embedded".
         resize: the rule of `data.images` that makes a network's input, or "none".
-        size: of that input, in pixels.
-        is_fresh: of images as generated, not as the protocol's files hold them.
+        size: height and width of that input, in pixels.
+        is_fresh: measures images as generated, not as the protocol's files hold them.
         scale: what the published form multiplies the figure by.
     """
 
@@ -41,7 +41,7 @@ class Protocol:
         data: whose captions and reference pictures, as `task.load` knows them.
         num_images: generated, one a caption.
         sampler: one of `samplers.SAMPLERS`; None is the checkpoint's own.
-        num_steps: of the sampler.
+        num_steps: steps of the sampler.
         guidance_scale: 1 is no guidance.
         generate_size: height and width of generated images, in pixels; None is the model's own.
         file_size: edge of the squares that generated images and reference pictures are resized to

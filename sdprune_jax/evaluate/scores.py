@@ -35,14 +35,12 @@ def of_metric(
     """The figures of one metric for every model.
 
     Args:
-        metric: of the protocol.
-        features: of the generated images, by model.
+        features: features of the generated images, by model.
         reference: features of the reference pictures.
         network: whose features they are.
         task: what was asked.
-        mesh: of `sharding.make_mesh`.
         references: path of reference statistics to use instead of `reference`.
-        num_resamples: of the bootstrap; 0 gives no intervals.
+        num_resamples: resamples of the bootstrap; 0 gives no intervals.
 
     Raises:
         ValueError: if a distance has nothing to compare with.
@@ -89,10 +87,10 @@ def to_dense(
     """Distances of each image to the one that the dense model makes of the same noise.
 
     Args:
-        directory: of the images of a model.
-        dense: of those of the dense model.
+        directory: holds the images of a model.
+        dense: holds those of the dense model.
         num_images: to compare, from the first on.
-        num_resamples: of the bootstrap; 0 gives no intervals.
+        num_resamples: resamples of the bootstrap; 0 gives no intervals.
     """
     parts: dict[str, list[Float[np.ndarray, " n"]]] = {}
     for first in range(0, num_images, _AT_ONCE):
@@ -128,12 +126,11 @@ def lpips_to_dense(
     """How different each image looks from the dense model's of the same noise: 0 is the same.
 
     Args:
-        directory: of the images of a model; distances are kept in `cache` beside it.
-        dense: of those of the dense model.
+        directory: holds the images of a model; distances are kept in `cache` beside it.
+        dense: holds those of the dense model.
         num_images: to compare, from the first on, as generated.
         network: "lpips".
-        mesh: of `sharding.make_mesh`.
-        num_resamples: of the bootstrap; 0 gives no intervals.
+        num_resamples: resamples of the bootstrap; 0 gives no intervals.
     """
 
     def load(index: Num[np.ndarray, " b"]) -> UInt8[np.ndarray, "b 2 h w 3"]:

@@ -28,7 +28,7 @@ def load(data: str, directory: str, num_images: int, has_references: bool) -> Ta
     """Opens the data of a protocol; no picture is read yet.
 
     Args:
-        data: of a `Protocol`.
+        data: the field `data` of a `Protocol`.
         directory: where `sdprune prepare-data` wrote it; the embedded data needs none.
         num_images: prompts wanted, the first of those of the protocol.
         has_references: whether pictures are needed, not the captions alone.

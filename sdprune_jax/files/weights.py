@@ -33,9 +33,9 @@ def load_params(
     Args:
         directory: holds one safetensors file, or several and their index.
         shapes: nested `jax.ShapeDtypeStruct`s of the parameters that the model has.
-        dtype: of the result; None is the dtype in the file (float32 for float64).
+        dtype: dtype of the result; None is that in the file (float32 for float64).
         variant: "fp16" reads `*.fp16.safetensors`.
-        sharding: of all parameters, or a tree of them; None places all on one device.
+        sharding: one for all parameters, or a tree; None places all on one device.
         allow_nonfinite: accept NaN and infinity.
 
     Returns:
@@ -92,8 +92,8 @@ def save_params(
     Args:
         directory: exists.
         params: nested parameters.
-        dtype: of the file; None keeps that of each leaf.
-        name: of the file less its suffix: "diffusion_pytorch_model" or "model".
+        dtype: dtype in the file; None keeps that of each leaf.
+        name: file name less its suffix: "diffusion_pytorch_model" or "model".
         max_shard_bytes: what exceeds it is split into several files and an index.
 
     Raises:

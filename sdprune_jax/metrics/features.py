@@ -43,12 +43,12 @@ def stream(
     Args:
         embed: a pure function of one chunk; matrix products run at the highest precision. Pass the
             same object again and its program is compiled once.
-        params: of `embed`, the same in every process.
+        params: what `embed` takes first, the same in every process.
         load: the images of ascending indices, called by several threads, and in each process only
             for the images that its own devices compute. Past the end the last image is asked for
             again, to fill the last chunk.
         num_images: at least 2, for fewer have no distribution.
-        mesh: of `sharding.make_mesh`; chunks go round all of its devices.
+        mesh: chunks go round all of its devices.
         num_threads: that load, in this process.
 
     Raises:
@@ -80,7 +80,7 @@ def cached(
     Every process calls it.
 
     Args:
-        directory: of the cache.
+        directory: where features are kept.
         weights: hash of the weights of the network.
         protocol: JSON values that say how an image becomes a feature.
         images: hash of the set of images.

@@ -93,7 +93,7 @@ def read_gaussian(path: str | os.PathLike[str], num_features: int) -> Gaussian:
     """Reference statistics from a `.npz` with `mu` and `sigma`, as pytorch-fid and clean-fid write.
 
     Args:
-        path: of the file.
+        path: a `.npz` file.
         num_features: that it must be of.
 
     Raises:

@@ -28,10 +28,10 @@ def of_mean(
     most of what varies cancels.
 
     Args:
-        values: of each image.
+        values: one value an image.
         num_resamples: sets of n images drawn from the n with replacement.
         level: chance to hold the true mean.
-        seed: of the resamples.
+        seed: draws the resamples.
 
     Raises:
         ValueError: if there are fewer than 2 values, one is not finite, or `level` no chance.
@@ -63,12 +63,12 @@ def of_frechet_distance(
     spread more. It says nothing of what n itself adds: compare distances from equal n only.
 
     Args:
-        features: of n images.
+        features: one row an image.
         reference: as `frechet.frechet_distance` takes it.
         num_resamples: sets of n images drawn from the n with replacement; each costs a Gram matrix
             and its eigenvalues.
         level: chance to hold the average distance.
-        seed: of the resamples.
+        seed: draws the resamples.
 
     Raises:
         ValueError: as `of_mean`.

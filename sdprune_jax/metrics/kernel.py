@@ -29,10 +29,10 @@ def kid(
 
     Args:
         x: features of one set.
-        y: of the other.
+        y: features of the other set.
         num_subsets: drawn from each set, without replacement.
         subset_size: images, or the smaller set if that has fewer.
-        seed: of the subsets.
+        seed: draws the subsets.
 
     Raises:
         ValueError: as `_check`, or if a subset would have fewer than 2 images, or there is none.
@@ -78,10 +78,10 @@ def cmmd(
 
     Args:
         x: unit vectors of one set.
-        y: of the other.
+        y: features of the other set.
         mesh: over which the rows are split.
         sigma: width of the kernel.
-        scale: of the result.
+        scale: factor of the result.
 
     Raises:
         ValueError: as `_check`, or if `sigma` is not positive or far below the vectors' distances.

@@ -15,7 +15,7 @@ def init_params(shapes: Any, seed: int, zero: Callable[[str], bool] = lambda _: 
 
     Args:
         shapes: a tree of `jax.ShapeDtypeStruct`s.
-        seed: of every draw.
+        seed: seed of every draw.
         zero: says of a dotted path whether its kernel starts at 0.
     """
     rng = np.random.default_rng(seed)

@@ -161,7 +161,7 @@ class ResnetBlock(nn.Module):
         hidden_channels: channels between the convolutions: fewer than `out_channels` once pruned.
         groups: groups of the first norm.
         hidden_groups: groups of the second norm, which are the units of the site.
-        epsilon: of both norms.
+        epsilon: added to the variance in both norms.
         dtype: dtype of the computation; parameters are float32.
         gate_position: one of `GATE_POSITIONS`.
     """

@@ -33,7 +33,7 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
     """Reads what a report needs.
 
     Args:
-        workdir: of the run.
+        workdir: directory of the run.
         num_images: prompts whose pictures must be there.
 
     Raises:

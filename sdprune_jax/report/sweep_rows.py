@@ -30,7 +30,7 @@ class Group(NamedTuple):
 
     Attributes:
         component: or `BOTH`.
-        title: of the component and, where there are several, of the layers in scope.
+        title: names the component and, where there are several, the layers in scope.
         methods: rows of every sparsity and seed, by method.
     """
 

@@ -112,10 +112,11 @@ class _Block(NamedTuple):
     """A ResNet or transformer that a UNet has.
 
     Attributes:
-        path: of its module.
-        level: of its width and heads.
+        path: dotted path of its module.
+        level: level of the UNet whose width and heads it has.
         keeps_width: its input can stand in for it.
-        is_last: of its kind in a down or up block, and keeps the width: APTP's depth sites.
+        is_last: the last of its kind in a down or up block, and keeps the width: APTP's depth
+            sites.
     """
 
     path: str

@@ -21,8 +21,8 @@ def slice_params(
     Args:
         params: nested parameters of `unet.UNet(config)`.
         config: dense, or sliced before.
-        architecture: of sites of `table` and `operators`; False removes. Where it removes a whole
-            block, the sites inside are ignored.
+        architecture: which units stay, by name of a site of `table` or `operators`. Where it
+            removes a whole block, the sites inside are ignored.
 
     Returns:
         Parameters and config of the smaller UNet; arrays that lose nothing are not copied.

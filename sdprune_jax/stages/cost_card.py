@@ -29,7 +29,7 @@ class Planned(NamedTuple):
     Attributes:
         model: configs of the model that the run starts from, or of the one that it pretrains.
         shapes: nested shapes of its parameters, by component.
-        mesh: of the machine that is planned for; its devices are stand-ins.
+        mesh: shape of the machine that is planned for; its devices are stand-ins.
     """
 
     model: model_directory.ModelConfig

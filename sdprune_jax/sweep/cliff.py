@@ -49,7 +49,7 @@ def bracket(shares: Mapping[float, float], limit: float) -> tuple[float, float |
     """The neighbours among the sparsities tried between which the first break lies.
 
     Args:
-        shares: of the way to chance, by sparsity; some one is whole.
+        shares: how much of the way to chance is gone, by sparsity; at least one is whole.
         limit: a share above it is broken.
 
     Returns:
@@ -83,7 +83,7 @@ def bisect(
         evaluate: from a sparsity to its share of the way to chance. Both ends are evaluated.
         low: a sparsity that is whole.
         high: a sparsity that is broken, above `low`.
-        tolerance: of sparsity; the result is no wider.
+        tolerance: the widest bracket that may be returned, in sparsity.
         limit: a share above it is broken.
 
     Raises:

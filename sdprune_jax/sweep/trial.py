@@ -35,20 +35,19 @@ class Bench(NamedTuple):
 
     Attributes:
         run: the experiment.
-        mesh: of `sharding.make_mesh`.
         model: configs of the dense one.
         protocol: how images are made and measured.
         size: height and width of images, in pixels.
         asked: prompts and reference pictures.
-        folder: of the images of all points.
+        folder: holds the images of all points.
         sample: the compiled sampler; a masked model runs the same program.
         networks: that measure, by name.
-        params: of the dense model, by component, on the devices.
-        flat: of the components that points prune, float32 arrays on the host by path.
+        params: the dense model's parameters by component, on the devices.
+        flat: float32 arrays on the host, by path, of the components that points prune.
         widest: by component and statistic, the layers of all points that need it.
-        calibration: of a component of the dense model, by its name and a seed.
-        stats: of the dense model's layers, by component, statistic and seed; filled when asked
-            for. Those of the last seed alone, where more exceed `calibration.max_gigabytes`.
+        calibration: makes the calibration of a component from its name and a seed.
+        stats: what the dense model's layers read, by component, statistic and seed; filled when
+            needed. Only the last seed is kept where more exceed `calibration.max_gigabytes`.
     """
 
     run: config.Run
@@ -110,9 +109,8 @@ def dense(bench: Bench, seed: int, folder: pathlib.Path) -> dict[str, Any]:
     """The dense model's row: its figures, and those that chance gets.
 
     Args:
-        bench: of `open_bench`.
-        seed: of the noise.
-        folder: of its images, which all stay.
+        seed: seed of the noise.
+        folder: where its images are drawn.
     """
     start = time.perf_counter()
     _render(bench, bench.params, seed, folder)
@@ -142,10 +140,9 @@ def trial(
     """A point's row.
 
     Args:
-        bench: of `open_bench`.
         point: what to prune, and how.
-        seed: of the noise, of the calibration, and of random scores.
-        folder: of its images, in a directory of their own; an interrupted trial goes on from them.
+        seed: seed of the noise, of the calibration, and of random scores.
+        folder: where its images are drawn; an interrupted trial goes on from them.
         of_dense: the folder of the dense model's images of the same seed.
     """
     clock = [time.perf_counter()]
