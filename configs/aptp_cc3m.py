@@ -25,20 +25,39 @@ _BATCH = 64 * _DEVICES
 
 def get_config(size: str | None = None) -> config.Run:
     data = config.RouterData(
-        dataset="cc3m", directory="data/cc3m", captions_per_image=1, flips=True,
+        dataset="cc3m",
+        directory="data/cc3m",
+        captions_per_image=1,
+        flips=True,
         encoder="models/all-mpnet-base-v2",
-    )  # fmt: skip
+    )
     router = config.Router(
-        num_codes=8, macs_budget=0.6, mac_counter="paper", gate_position="pre_norm",
-        forward_gates="soft", code_seeds="random", contrastive_scale=1 / _DEVICES,
-        snr_weight="published", num_steps=5000, warmup_steps=500, batch_size=_BATCH,
-        learning_rate=2e-4 * _BATCH**0.5, ramp_steps=100, remat=True, data=data,
+        num_codes=8,
+        macs_budget=0.6,
+        mac_counter="paper",
+        gate_position="pre_norm",
+        forward_gates="soft",
+        code_seeds="random",
+        contrastive_scale=1 / _DEVICES,
+        snr_weight="published",
+        num_steps=5000,
+        warmup_steps=500,
+        batch_size=_BATCH,
+        learning_rate=2e-4 * _BATCH**0.5,
+        ramp_steps=100,
+        remat=True,
+        data=data,
         losses=config.RouterLosses(highest=0.1, spread=0.1),
-    )  # fmt: skip
+    )
     training = config.Training(
-        num_steps=30_000, batch_size=256, learning_rate=1e-5 * 256**0.5, warmup_steps=250,
-        weight_decay=0.0, clip_norm=1e6, ema_decay=0.0,
-    )  # fmt: skip
+        num_steps=30_000,
+        batch_size=256,
+        learning_rate=1e-5 * 256**0.5,
+        warmup_steps=250,
+        weight_decay=0.0,
+        clip_norm=1e6,
+        ema_decay=0.0,
+    )
     run = config.Run(
         workdir="runs/aptp_cc3m",
         model="models/sd21",
@@ -47,12 +66,18 @@ def get_config(size: str | None = None) -> config.Run:
         assign=config.Assign("published", "draw", "none", fit_budget="none"),
         materialise=config.Materialise(),
         finetune=config.Finetune(
-            denoising=0.01, output=0.5, block=0.5, snr_weight="published", caption_dropout=0.0,
-            schedule="constant", remat=True, training=training,
+            denoising=0.01,
+            output=0.5,
+            block=0.5,
+            snr_weight="published",
+            caption_dropout=0.0,
+            schedule="constant",
+            remat=True,
+            training=training,
         ),
         evaluate=config.Evaluate(
             protocol="aptp-cc3m", data="data/cc3m", networks="models/metrics", num_resamples=0
         ),
         report=config.Report(title="APTP as published, on Conceptual Captions"),
-    )  # fmt: skip
+    )
     return config.resize(run, size)

@@ -15,9 +15,13 @@ from sdprune_jax import config
 
 def get_config(size: str | None = None) -> config.Run:
     training = config.Training(
-        num_steps=2000, batch_size=32, learning_rate=5e-4, warmup_steps=100, weight_decay=0.0,
+        num_steps=2000,
+        batch_size=32,
+        learning_rate=5e-4,
+        warmup_steps=100,
+        weight_decay=0.0,
         ema_decay=0.99,
-    )  # fmt: skip
+    )
     run = config.Run(
         workdir="runs/aptp_emoji",
         mesh=config.Mesh(cpu_devices=2),

@@ -26,9 +26,12 @@ from sdprune_jax import config
 _BUDGET = 0.65  # of all MACs
 _EXPERTS = 8
 _ROUTER = {
-    "macs_budget": _BUDGET, "num_steps": 1000, "warmup_steps": 200, "batch_size": 32,
+    "macs_budget": _BUDGET,
+    "num_steps": 1000,
+    "warmup_steps": 200,
+    "batch_size": 32,
     "learning_rate": 2e-4 * 1024**0.5,  # published, for a batch of 1,024
-}  # fmt: skip
+}
 _RULES = ("uniform", "random", "norm", "taylor", "diff-pruning", "bksdm-base")
 
 
@@ -54,9 +57,14 @@ def get_config(size: str | None = None) -> config.Run:
 
 def _finetune() -> config.Finetune:
     training = config.Training(
-        num_steps=250, batch_size=32, learning_rate=5e-4, warmup_steps=25,
-        weight_decay=0.0, ema_decay=0.99, num_evals=0,
-    )  # fmt: skip
+        num_steps=250,
+        batch_size=32,
+        learning_rate=5e-4,
+        warmup_steps=25,
+        weight_decay=0.0,
+        ema_decay=0.99,
+        num_evals=0,
+    )
     return config.Finetune(schedule="constant", training=training)
 
 
@@ -71,10 +79,15 @@ def _published(run: config.Run) -> None:
     Random codes start with open gates, and had closed few by step 1,000: they take twice the steps.
     """
     run.router = config.Router(
-        num_codes=_EXPERTS, mac_counter="paper", gate_position="pre_norm", forward_gates="soft",
-        code_seeds="random", snr_weight="published",
-        losses=config.RouterLosses(highest=0.1, spread=0.1), **_ROUTER,
-    )  # fmt: skip
+        num_codes=_EXPERTS,
+        mac_counter="paper",
+        gate_position="pre_norm",
+        forward_gates="soft",
+        code_seeds="random",
+        snr_weight="published",
+        losses=config.RouterLosses(highest=0.1, spread=0.1),
+        **_ROUTER,
+    )
     run.router.num_steps = 2000
     run.assign = config.Assign("published", "draw", "none", fit_budget="none")
     run.finetune = dataclasses.replace(

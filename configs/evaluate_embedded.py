@@ -20,13 +20,24 @@ def get_config(size: str | None = None) -> config.Run:
     )
     # Few steps, so that they are long: of the rate of `aptp_emoji.py`, no gate would close in time.
     router = config.Router(
-        num_codes=2, num_steps=100, warmup_steps=30, batch_size=16, learning_rate=0.03,
-        ramp_steps=10, num_evals=1, data=config.RouterData(num_images=2048, captions_per_image=2),
-    )  # fmt: skip
+        num_codes=2,
+        num_steps=100,
+        warmup_steps=30,
+        batch_size=16,
+        learning_rate=0.03,
+        ramp_steps=10,
+        num_evals=1,
+        data=config.RouterData(num_images=2048, captions_per_image=2),
+    )
     training = config.Training(
-        num_steps=40, batch_size=16, learning_rate=5e-4, warmup_steps=10, weight_decay=0.0,
-        ema_decay=0.95, num_evals=0,
-    )  # fmt: skip
+        num_steps=40,
+        batch_size=16,
+        learning_rate=5e-4,
+        warmup_steps=10,
+        weight_decay=0.0,
+        ema_decay=0.95,
+        num_evals=0,
+    )
     run = config.Run(
         workdir="runs/evaluate_embedded",
         mesh=config.Mesh(cpu_devices=2),

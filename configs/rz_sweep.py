@@ -20,22 +20,54 @@ On the embedded model, with 64 prompts, hours on 2 cores; `--dry_run` lists it a
 from sdprune_jax import config
 
 _UNET = (
-    0.1, 0.2, 0.3, 0.35, 0.375, 0.4, 0.425, 0.45, 0.475, 0.5, 0.525, 0.55, 0.575, 0.6,
-)  # fmt: skip
+    0.1,
+    0.2,
+    0.3,
+    0.35,
+    0.375,
+    0.4,
+    0.425,
+    0.45,
+    0.475,
+    0.5,
+    0.525,
+    0.55,
+    0.575,
+    0.6,
+)
 _TEXT = (0.3, 0.4, 0.5, 0.55, 0.575, 0.6, 0.625, 0.65, 0.675, 0.7, 0.8)
 _BOTH = (
-    (0.18, 0.21), (0.35, 0.14), (0.53, 0.07), (0.27, 0.31), (0.53, 0.21), (0.8, 0.1),
-    (0.425, 0.3), (0.45, 0.325), (0.475, 0.35), (0.35, 0.42), (0.71, 0.28), (0.5, 0.375),
-    (0.525, 0.4), (0.55, 0.425), (0.575, 0.45), (0.44, 0.52), (0.89, 0.35), (0.6, 0.475),
-    (0.625, 0.5), (0.53, 0.63),
-)  # fmt: skip
+    (0.18, 0.21),
+    (0.35, 0.14),
+    (0.53, 0.07),
+    (0.27, 0.31),
+    (0.53, 0.21),
+    (0.8, 0.1),
+    (0.425, 0.3),
+    (0.45, 0.325),
+    (0.475, 0.35),
+    (0.35, 0.42),
+    (0.71, 0.28),
+    (0.5, 0.375),
+    (0.525, 0.4),
+    (0.55, 0.425),
+    (0.575, 0.45),
+    (0.44, 0.52),
+    (0.89, 0.35),
+    (0.6, 0.475),
+    (0.625, 0.5),
+    (0.53, 0.63),
+)
 
 
 def get_config(size: str | None = None) -> config.Run:
     points = [config.SweepPoint(unet=_prune(s)) for s in _UNET]
     for method, allocation in (
-        ("magnitude", "uniform"), ("magnitude", "owl"), ("wanda", "uniform"), ("wanda", "owl"),
-    ):  # fmt: skip
+        ("magnitude", "uniform"),
+        ("magnitude", "owl"),
+        ("wanda", "uniform"),
+        ("wanda", "owl"),
+    ):
         more = (0.525,) if (method, allocation) == ("wanda", "uniform") else ()
         points += [
             config.SweepPoint(text_encoder=_prune(s, method, allocation))

@@ -15,9 +15,13 @@ from sdprune_jax import config
 
 _SPARSITIES = (0.2, 0.4, 0.5, 0.6, 0.8)
 _METHODS = (
-    ("random", "uniform"), ("magnitude", "uniform"), ("wanda", "uniform"), ("wanda", "owl"),
-    ("sparsegpt", "uniform"), ("obsdiff", "uniform"),
-)  # fmt: skip
+    ("random", "uniform"),
+    ("magnitude", "uniform"),
+    ("wanda", "uniform"),
+    ("wanda", "owl"),
+    ("sparsegpt", "uniform"),
+    ("obsdiff", "uniform"),
+)
 
 
 def get_config(size: str | None = None) -> config.Run:

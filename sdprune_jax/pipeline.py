@@ -44,11 +44,14 @@ def load(model: ModelConfig, mesh: Mesh, variant: str | None = None) -> dict[str
     """Parameters of all components in float32, the large ones split over the mesh."""
     return {
         name: model_directory.load(
-            model, name, dtype=np.float32, variant=variant,
+            model,
+            name,
+            dtype=np.float32,
+            variant=variant,
             sharding=sharding.fsdp_shardings(model_directory.param_shapes(model, name), mesh),
         )
         for name in model_directory.COMPONENTS
-    }  # fmt: skip
+    }
 
 
 def make_sample(

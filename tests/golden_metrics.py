@@ -133,7 +133,7 @@ def _make() -> dict:
             p, q, data_range=1, channel_axis=-1, gaussian_weights=True, use_sample_covariance=False
         )
         for p, q in zip(*scaled, strict=True)
-    ]  # fmt: skip
+    ]
     jax.config.update("jax_enable_x64", True)  # where the codes' differences are exact enough
     embedded = [part.astype(np.float64) for part in near_unit_vectors()]
     found["cmmd"] = {

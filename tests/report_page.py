@@ -46,33 +46,57 @@ class Page(html.parser.HTMLParser):
 
 def prune_json():
     layers = [
-        {"name": f"down_blocks.0.attentions.{i}.to_q", "shape": [8, 16], "weights": 128,
-         "zeros": 44, "threshold": 0.0125}
+        {
+            "name": f"down_blocks.0.attentions.{i}.to_q",
+            "shape": [8, 16],
+            "weights": 128,
+            "zeros": 44,
+            "threshold": 0.0125,
+        }
         for i in range(2)
-    ]  # fmt: skip
+    ]
     edges = [-2.0, -1.0, 0.0, 1.0, 2.0]
     part = {
-        "requested": 0.35, "scope": "linear", "threshold": "exact", "parameters": 1000,
-        "prunable": 256, "zeros": 88, "underflow_zeros": 3, "of_prunable": 88 / 256,
-        "of_component": 0.088, "of_pipeline": 0.0352, "layers": layers,
+        "requested": 0.35,
+        "scope": "linear",
+        "threshold": "exact",
+        "parameters": 1000,
+        "prunable": 256,
+        "zeros": 88,
+        "underflow_zeros": 3,
+        "of_prunable": 88 / 256,
+        "of_component": 0.088,
+        "of_pipeline": 0.0352,
+        "layers": layers,
         "histogram": {"edges": edges, "dense": [2, 100, 90, 3], "pruned": [2, 10, 0, 3]},
-    }  # fmt: skip
+    }
     return {
-        "made_from": "0123", "model": "embedded", "directory": "pruned", "save_dtype": "float16",
-        "seconds": {"load": 1.5, "select": 0.25}, "pipeline_parameters": 2_500_000,
-        "of_pipeline": 0.0352, "components": {"unet": part},
+        "made_from": "0123",
+        "model": "embedded",
+        "directory": "pruned",
+        "save_dtype": "float16",
+        "seconds": {"load": 1.5, "select": 0.25},
+        "pipeline_parameters": 2_500_000,
+        "of_pipeline": 0.0352,
+        "components": {"unet": part},
         "bytes": {"dense": 2000, "pruned": 2000, "dense_gzip": 1800, "pruned_gzip": 1500},
-    }  # fmt: skip
+    }
 
 
 def images_json():
     def model(name, found):
         return {
-            "directory": name, "files": [f"{name}/{i}.png" for i in range(3)], "found": found,
-            "seconds": 6.0, "first_batch_seconds": 4.0,
-            "scores": {"clip_embedded_r_at_1": 1 / 3, "clip_embedded_r_at_10": sum(found) / 3,
-                       "num": 3},
-        }  # fmt: skip
+            "directory": name,
+            "files": [f"{name}/{i}.png" for i in range(3)],
+            "found": found,
+            "seconds": 6.0,
+            "first_batch_seconds": 4.0,
+            "scores": {
+                "clip_embedded_r_at_1": 1 / 3,
+                "clip_embedded_r_at_10": sum(found) / 3,
+                "num": 3,
+            },
+        }
 
     pruned = model("pruned", [True, False, True]) | {"psnr_to_dense": [31.4, 22.7, 126.0]}
     return {
@@ -80,7 +104,7 @@ def images_json():
         "prompts": ["a flat emoji of red apple", "a 3d emoji of cat", "a noto emoji of dog"],
         "models": {"dense": model("dense", [True, True, True]), "pruned": pruned},
         "chance": {"clip_embedded_r_at_1": 1 / 1914, "clip_embedded_r_at_10": 10 / 1914},
-    }  # fmt: skip
+    }
 
 
 def write(tmp_path, prune=None, images=None):

@@ -18,15 +18,23 @@ def test_only_large_pictures_shrink():
 
 def test_layers_stand_in_the_order_of_the_network():
     names = [
-        "conv_norm_out.x", "up_blocks.0.a", "time_embedding.linear_1", "mid_block.a",
-        "down_blocks.10.a", "down_blocks.2.a",
-    ]  # fmt: skip
+        "conv_norm_out.x",
+        "up_blocks.0.a",
+        "time_embedding.linear_1",
+        "mid_block.a",
+        "down_blocks.10.a",
+        "down_blocks.2.a",
+    ]
     layers = [{"name": name, "weights": 4, "zeros": 1, "threshold": 0.5} for name in names]
     ordered = charts.in_depth_order(layers)
     assert [layer["name"] for layer in ordered] == [
-        "time_embedding.linear_1", "down_blocks.2.a", "down_blocks.10.a", "mid_block.a",
-        "up_blocks.0.a", "conv_norm_out.x",
-    ]  # fmt: skip
+        "time_embedding.linear_1",
+        "down_blocks.2.a",
+        "down_blocks.10.a",
+        "mid_block.a",
+        "up_blocks.0.a",
+        "conv_norm_out.x",
+    ]
     page = Page(charts.layer_bars(ordered, "UNet"))
     for words in ("time", "down 2", "down 10", "mid", "up 0", "conv", "25.0% of 4 weights zero"):
         assert words in page.text

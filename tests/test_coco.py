@@ -222,10 +222,15 @@ def test_pictures_of_any_kind_come_out_of_the_dataset_as_they_are_read(tmp_path)
     turned[0x112] = 6  # held upright
     rgb, gray = rgba.convert("RGB"), rgba.convert("L")
     kinds = [
-        (rgb, "jpeg", {"exif": turned}), (gray, "jpeg", {}), (rgb.convert("CMYK"), "jpeg", {}),
-        (rgb.convert("P"), "gif", {}), (rgb, "webp", {}), (rgba.convert("LA"), "png", {}),
-        (rgba, "png", {}), (gray.convert("I;16"), "png", {}),
-    ]  # fmt: skip
+        (rgb, "jpeg", {"exif": turned}),
+        (gray, "jpeg", {}),
+        (rgb.convert("CMYK"), "jpeg", {}),
+        (rgb.convert("P"), "gif", {}),
+        (rgb, "webp", {}),
+        (rgba.convert("LA"), "png", {}),
+        (rgba, "png", {}),
+        (gray.convert("I;16"), "png", {}),
+    ]
     source = _write(tmp_path / "source", _contents([["a"]] * len(kinds)))
     paths = [source / "val2014" / NAME.format(i) for i, _ in enumerate(kinds, 1)]
     paths[0].parent.mkdir()

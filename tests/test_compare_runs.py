@@ -13,9 +13,16 @@ from sdprune_jax.files import model_directory
 from sdprune_jax.sites import macs
 
 PROTOCOL = {
-    "name": "embedded", "evaluated": 8, "num_steps": 25, "guidance_scale": 3.0, "seed": 0,
-    "dtype": "float32", "height": 64, "width": 64, "references": 64,
-}  # fmt: skip
+    "name": "embedded",
+    "evaluated": 8,
+    "num_steps": 25,
+    "guidance_scale": 3.0,
+    "seed": 0,
+    "dtype": "float32",
+    "height": 64,
+    "width": 64,
+    "references": 64,
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +32,10 @@ def models(tmp_path_factory):
     model = aptp_model.make(directory / "dense")
     dense = jax.tree.map(np.asarray, model_directory.load(model, "unet"))
     for name, units in (("half", 2), ("quarter", 1)):
-        keep = {"mid_block.resnets.0": np.arange(4) < units, "up_blocks.0.resnets.1.depth":
-                np.array([units > 1])}  # fmt: skip
+        keep = {
+            "mid_block.resnets.0": np.arange(4) < units,
+            "up_blocks.0.resnets.1.depth": np.array([units > 1]),
+        }
         params, unet_config = sites.slice_params(dense, model.unet, keep)
         cut = model_directory.ModelConfig(
             model.text_encoder, unet_config, model.vae, model.schedule, model.directory
@@ -43,11 +52,13 @@ def _run(workdir, models, routed, values=None, dense="0123456789", **protocol):
         "weights": {"embedded": "f59afde43b74"},
         "protocol": PROTOCOL | protocol,
         "models": {
-            "dense": {"directory": str(models / "dense"),
-                      "figures": {"fd_clip_embedded": {"value": 0.25, "num": 8}}},
+            "dense": {
+                "directory": str(models / "dense"),
+                "figures": {"fd_clip_embedded": {"value": 0.25, "num": 8}},
+            },
             "routed": routed | {"figures": value(12.5)},
         },
-    }  # fmt: skip
+    }
     (workdir / "evaluate").mkdir(parents=True)
     if values is not None:
         path = workdir / "evaluate" / "values.npz"
@@ -70,9 +81,11 @@ def _cost(directory):
 
 
 def test_costs_of_experts_are_the_means_over_their_prompts(models, tmp_path, capsys):
-    experts = [{"directory": str(models / "half"), "prompts": 6},
-               {"directory": str(models / "quarter"), "prompts": 2},
-               {"directory": str(models / "nowhere"), "prompts": 0}]  # fmt: skip
+    experts = [
+        {"directory": str(models / "half"), "prompts": 6},
+        {"directory": str(models / "quarter"), "prompts": 2},
+        {"directory": str(models / "nowhere"), "prompts": 0},
+    ]
     one = _run(tmp_path / "one", models, {"experts": experts})
     two = _run(tmp_path / "two", models, {"directory": str(models / "quarter")})
     output = tmp_path / "table.md"
@@ -80,8 +93,15 @@ def test_costs_of_experts_are_the_means_over_their_prompts(models, tmp_path, cap
     said = capsys.readouterr().out
     assert output.read_text() == said
     heads, rule, dense, first, second = _cells(said)
-    assert heads[1:] == ["experts", "GMACs", "of dense", "M parameters", "of dense",
-                         "latent MSE to dense", "FD (CLIP)"]  # fmt: skip
+    assert heads[1:] == [
+        "experts",
+        "GMACs",
+        "of dense",
+        "M parameters",
+        "of dense",
+        "latent MSE to dense",
+        "FD (CLIP)",
+    ]
     assert len(rule) == len(heads)
     assert dense[:2] + dense[-2:] == ["dense", "1", "", "0.25"]
     whole, half, quarter = (_cost(models / name) for name in ("dense", "half", "quarter"))
@@ -96,8 +116,10 @@ def test_costs_of_experts_are_the_means_over_their_prompts(models, tmp_path, cap
 
 
 def test_milliseconds_are_the_fastest_of_turns_weighed_by_prompts(models, tmp_path, monkeypatch):
-    experts = [{"directory": str(models / "half"), "prompts": 1},
-               {"directory": str(models / "quarter"), "prompts": 4}]  # fmt: skip
+    experts = [
+        {"directory": str(models / "half"), "prompts": 1},
+        {"directory": str(models / "quarter"), "prompts": 4},
+    ]
     run = _run(tmp_path / "run", models, {"experts": experts})
     clock, calls = [0.0], []
     taken = {"dense": [9, 4, 5], "half": [9, 3, 2], "quarter": [9, 1, 1]}

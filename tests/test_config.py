@@ -98,8 +98,11 @@ def test_batches_that_do_not_divide_are_told_at_once():
         checks.check_devices(run, 8)
     told = [line.split(" is ")[0].strip() for line in str(error.value).splitlines()[1:]]
     assert {name.removeprefix("config.").removesuffix(".batch_size") for name in told} == {
-        "router", "generate", "sweep.measure", "pretrain.unet.training",
-    }  # fmt: skip
+        "router",
+        "generate",
+        "sweep.measure",
+        "pretrain.unet.training",
+    }
     checks.check_devices(run, 4)
 
 

@@ -78,8 +78,13 @@ def test_card_of_the_recommended_point(tmp_path):
     assert macs["vae decoder"][4:] == ["1,257.259", "1", "1,257.259"]
     assert macs["pipeline"] == ["42,296.954"]
     assert found["prune"]["text_encoder"] == [
-        "138 linear layers, exact", "47.50%", "137,468,313", "47.50%", "40.39%", "10.66%",
-    ]  # fmt: skip
+        "138 linear layers, exact",
+        "47.50%",
+        "137,468,313",
+        "47.50%",
+        "40.39%",
+        "10.66%",
+    ]
     assert found["prune"]["unet"][1:] == ["35.00%", "105,426,944", "35.00%", "12.18%", "8.17%"]
     # 38.5 % is what the paper says, 20.1 % of the two components is zero.
     assert found["prune"]["together"] == ["38.53%", "242,895,257", "41.12%", "20.14%", "18.83%"]

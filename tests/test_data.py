@@ -181,9 +181,16 @@ def test_encode_frames_pads_and_truncates(trained):
 def test_any_text_becomes_seventy_seven_tokens(trained, caplog):
     _, tok = trained
     texts = [
-        "", "x" * 10_000, "nul\0", "\u05e9\u05dc\u05d5\u05dd \u202e", "\U0001f469\u200d\U0001f467",
-        "<|endoftext|>", "<|startoftext|> b <|endoftext|> b", "!!!", "\x85 \u2028",
-    ]  # fmt: skip
+        "",
+        "x" * 10_000,
+        "nul\0",
+        "\u05e9\u05dc\u05d5\u05dd \u202e",
+        "\U0001f469\u200d\U0001f467",
+        "<|endoftext|>",
+        "<|startoftext|> b <|endoftext|> b",
+        "!!!",
+        "\x85 \u2028",
+    ]
     with caplog.at_level("WARNING", "absl"):
         ids = tokenizer.encode(tok, texts, 77)
     assert ids.shape == (9, 77)

@@ -19,8 +19,12 @@ from sdprune_jax.models import inception
 from sdprune_jax.stages import evaluate
 
 _SETTINGS = {
-    "size": (16, 16), "seed": 3, "guidance_scale": 2.0, "negative_prompt": "", "batch_size": 2,
-}  # fmt: skip
+    "size": (16, 16),
+    "seed": 3,
+    "guidance_scale": 2.0,
+    "negative_prompt": "",
+    "batch_size": 2,
+}
 
 
 def _fake_sample(params, ids, negative, noise, scale):

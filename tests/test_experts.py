@@ -42,9 +42,11 @@ def work(model, tmp_path_factory):
 
 def _run(model, workdir, **changes):
     return config.Run(
-        workdir=str(workdir), model=str(model.directory), assign=config.Assign(**changes),
+        workdir=str(workdir),
+        model=str(model.directory),
+        assign=config.Assign(**changes),
         materialise=config.Materialise(zero_padded=True),
-    )  # fmt: skip
+    )
 
 
 def _similarity(rows, seed=0):
@@ -143,8 +145,10 @@ def test_assignment_reports_balance_and_budget(work):
     assert {"information_style", "information_group_shuffled"} <= train.keys()
     pairs = [(keep[i] != keep[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))]
     assert record["units_that_differ"] == pytest.approx(np.mean(pairs))
-    assert all(keep[:, start : start + n].any() for start, n in zip(LAYOUT.starts, LAYOUT.units,
-               strict=True))  # fmt: skip
+    assert all(
+        keep[:, start : start + n].any()
+        for start, n in zip(LAYOUT.starts, LAYOUT.units, strict=True)
+    )
 
 
 def test_published_assignment_is_neither_balanced_nor_fitted(model, work, tmp_path):

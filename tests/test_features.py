@@ -218,8 +218,10 @@ def test_cached_features_are_read_back_until_what_made_them_changes(tmp_path):
     assert np.array_equal(cached(), np.full((2, 3), 1))
     protocols = ({"resize": "tf"}, {"size": "clean"})
     for change in (
-        *({"protocol": protocol} for protocol in protocols), {"weights": "v"}, {"images": "j"}
-    ):  # fmt: skip
+        *({"protocol": protocol} for protocol in protocols),
+        {"weights": "v"},
+        {"images": "j"},
+    ):
         before = len(calls)
         cached(**change)
         assert len(calls) == before + 1, change

@@ -27,9 +27,11 @@ def _direct_cmmd(x, y, sigma=10.0):
 
 def test_kid_is_that_of_torch_fidelity_with_the_same_subsets():
     found = kernel.kid(
-        *golden_metrics.features("tall"), num_subsets=golden_metrics.KID_SUBSETS,
-        subset_size=golden_metrics.KID_SIZE, seed=golden_metrics.KID_SEED,
-    )  # fmt: skip
+        *golden_metrics.features("tall"),
+        num_subsets=golden_metrics.KID_SUBSETS,
+        subset_size=golden_metrics.KID_SIZE,
+        seed=golden_metrics.KID_SEED,
+    )
     np.testing.assert_allclose(found, golden_metrics.golden()["kid"], rtol=1e-11)
 
 

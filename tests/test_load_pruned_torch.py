@@ -31,7 +31,7 @@ def _cut(model, directory, architecture):
     params, config = sites.slice_params(dense, model.unet, architecture)
     sliced = model_directory.ModelConfig(
         model.text_encoder, config, model.vae, model.schedule, model.directory
-    )  # fmt: skip
+    )
     model_directory.save(sliced, {"unet": params}, directory, dtype=np.float32)
     return directory
 
@@ -51,9 +51,10 @@ def _assert_same(model, directory, gates):
     module = load_pruned_torch.load_unet(directory)
     with torch.no_grad():
         found = module(
-            torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(timestep),
+            torch.from_numpy(x.transpose(0, 3, 1, 2).copy()),
+            torch.from_numpy(timestep),
             torch.from_numpy(text),
-        ).sample.numpy()  # fmt: skip
+        ).sample.numpy()
     found = found.transpose(0, 2, 3, 1)
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 * np.abs(want).max())
     return module

@@ -21,8 +21,12 @@ _MESH = sharding.make_mesh(devices=jax.devices()[:1])  # it computes as much on 
 _DENSE = model_directory.open_model(model_directory.directory_of("embedded"))
 # Channels, kernel, stride and padding of the convolutions of torchvision's `alexnet().features`.
 _CONVOLUTIONS = {
-    0: (64, 11, 4, 2), 3: (192, 5, 1, 2), 6: (384, 3, 1, 1), 8: (256, 3, 1, 1), 10: (256, 3, 1, 1),
-}  # fmt: skip
+    0: (64, 11, 4, 2),
+    3: (192, 5, 1, 2),
+    6: (384, 3, 1, 1),
+    8: (256, 3, 1, 1),
+    10: (256, 3, 1, 1),
+}
 
 
 def _state():

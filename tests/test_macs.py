@@ -73,8 +73,10 @@ def test_paper_counter_splits_every_block_as_aptp():
     rows = {}
     for line in PAPER.replace("\n :", " :").strip().splitlines():
         blocks, *costs = line.split(":")
-        rows |= {int(block): [[int(n) for n in re.findall(r"\d+", c)] for c in costs]
-                 for block in blocks.split()}  # fmt: skip
+        rows |= {
+            int(block): [[int(n) for n in re.findall(r"\d+", c)] for c in costs]
+            for block in blocks.split()
+        }
     dense = unet.UNetConfig()
     width = [site.name for site in sites.table(dense) if site.kind != "depth"]
     blocks = list(dict.fromkeys(name.partition(".transformer_blocks")[0] for name in width))

@@ -60,9 +60,13 @@ def _program(*words) -> subprocess.CompletedProcess:
 
 def test_overrides_reach_the_run(file):
     run, dry_run = _parse(
-        f"--config={file}", "--config.prune.unet.sparsity", "0.25", "--config.seed=7",
-        "--config.generate=build", "--config.generate.height=64",
-    )  # fmt: skip
+        f"--config={file}",
+        "--config.prune.unet.sparsity",
+        "0.25",
+        "--config.seed=7",
+        "--config.generate=build",
+        "--config.generate.height=64",
+    )
     assert (run.prune.unet.sparsity, run.seed, run.generate.height) == (0.25, 7, 64)
     assert run.generate == config.Generate(height=64)
     assert not dry_run
@@ -77,10 +81,14 @@ def test_size_reaches_the_config(file):
 
 def test_none_leaves_out_a_section_or_a_value(file):
     run, _ = _parse(
-        f"--config={file}", "--config.prune.unet=none", "--config.prune.text_encoder=build",
-        "--config.report=none", "--config.generate=build", "--config.generate.sampler=none",
+        f"--config={file}",
+        "--config.prune.unet=none",
+        "--config.prune.text_encoder=build",
+        "--config.report=none",
+        "--config.generate=build",
+        "--config.generate.sampler=none",
         "--config.generate.width=none",
-    )  # fmt: skip
+    )
     assert run.prune == config.Prune(text_encoder=config.PruneComponent())
     assert run.report is None
     assert run.generate == config.Generate(sampler=None, width=None)
@@ -210,9 +218,12 @@ def test_run_needs_no_home_no_locale_and_no_clock(tmp_path, monkeypatch):
     )
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     for name, value in {
-        "HOME": "/dev/null", "TZ": "Mars/Olympus_Mons", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0",
+        "HOME": "/dev/null",
+        "TZ": "Mars/Olympus_Mons",
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
         "PYTHONUTF8": "0",
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setenv(name, value)
     done = _program(*words)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -61,22 +61,29 @@ UNETS = {
     ),
     "one layer a block, upcast": (
         {
-            "block_out_channels": (32, 64), "attention_head_dim": (1, 4), "layers_per_block": 1,
+            "block_out_channels": (32, 64),
+            "attention_head_dim": (1, 4),
+            "layers_per_block": 1,
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "upcast_attention": True,
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "upcast_attention": True,
         },
         (3, 8, 6),
     ),
     "attention everywhere, sines first": (
         {
-            "block_out_channels": (16, 32, 32), "attention_head_dim": (1, 2, 2), "freq_shift": 1,
-            "down_block_types": ("CrossAttnDownBlock2D",) * 3, "norm_num_groups": 4,
+            "block_out_channels": (16, 32, 32),
+            "attention_head_dim": (1, 2, 2),
+            "freq_shift": 1,
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+            "norm_num_groups": 4,
             "flip_sin_to_cos": False,
-            "up_block_types": ("CrossAttnUpBlock2D",) * 3, "norm_eps": 1e-6,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+            "norm_eps": 1e-6,
         },
         (1, 5, 5),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNETS)

@@ -28,9 +28,12 @@ def section(tmp_path_factory):
             Image.fromarray(pixels).save(folder / f"{i}_0.png")
         cc3m.prepare(source, source / "data", split)
     return config.RouterData(
-        dataset="cc3m", directory=str(source / "data"), image_size=64, captions_per_image=2,
+        dataset="cc3m",
+        directory=str(source / "data"),
+        image_size=64,
+        captions_per_image=2,
         flips=True,
-    )  # fmt: skip
+    )
 
 
 def test_square_is_a_crop_of_the_resized_picture():
@@ -80,9 +83,13 @@ def test_latents_of_stored_pictures_follow_them_and_their_mirror_images(
         image = pairs.images[np.array([row])][:, :, :: 1 - 2 * flip]
         alone = config.RouterData(num_images=1)
         own = encoded.examples(
-            alone, model, pictures.emoji.Pairs(image, np.zeros(1, np.int32), np.zeros(1, np.int32)),
-            ["a cat"], aptp_model.MESH, None,
-        )  # fmt: skip
+            alone,
+            model,
+            pictures.emoji.Pairs(image, np.zeros(1, np.int32), np.zeros(1, np.int32)),
+            ["a cat"],
+            aptp_model.MESH,
+            None,
+        )
         np.testing.assert_allclose(found.mean[row, flip], own.mean[0, 0], rtol=0, atol=1e-5)
     monkeypatch.setattr(encoded, "_IN_MEMORY", 0)  # as of a large dataset
     on_disk = make(tmp_path / "other")

@@ -45,9 +45,12 @@ def test_images_equal_those_of_diffusers():
         0, 3, 1, 2
     )
     want = pipe(
-        list(_PROMPTS), latents=torch.from_numpy(noise.copy()), num_inference_steps=25,
-        guidance_scale=7.5, output_type="np",
-    ).images  # fmt: skip
+        list(_PROMPTS),
+        latents=torch.from_numpy(noise.copy()),
+        num_inference_steps=25,
+        guidance_scale=7.5,
+        output_type="np",
+    ).images
     assert want.std() > 0.05
     decibel = paired.psnr(got[:3], want * 2 - 1)
     assert decibel.min() >= 50, decibel

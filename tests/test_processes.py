@@ -54,10 +54,19 @@ def trains(directory, coordinator="", process_id=0, pause=0.0):
 
     sharding.MIN_SHARDED_BYTES = 0
     ema = loop.fit(
-        _loss, _PARAMS, loop.adamw(1e-2, 2, _STEPS, 0.1, 1.0), batch_at,
-        {"scale": np.float32(2.0)}, mesh=mesh, num_steps=_STEPS, ema_decay=0.9, seed=3,
-        directory=directory, log_every=1, save_every=4,
-    )  # fmt: skip
+        _loss,
+        _PARAMS,
+        loop.adamw(1e-2, 2, _STEPS, 0.1, 1.0),
+        batch_at,
+        {"scale": np.float32(2.0)},
+        mesh=mesh,
+        num_steps=_STEPS,
+        ema_decay=0.9,
+        seed=3,
+        directory=directory,
+        log_every=1,
+        save_every=4,
+    )
     assert {shard.data.shape for shard in ema["w"].addressable_shards} == {(8, 16)}
     whole = sharding.to_host(ema["w"])
     if process_id == 0:
@@ -79,7 +88,8 @@ def evaluates(directory, model, coordinator="", process_id=0):
     )
     prompts = pathlib.Path(__file__).parents[1] / "configs" / "prompts.txt"
     run = config.Run(
-        workdir=directory, model=str(model),
+        workdir=directory,
+        model=str(model),
         prune=config.Prune(
             text_encoder=config.PruneComponent(method="wanda"),
             calibration=config.Calibration(num_prompts=6, batch_size=4),
@@ -89,7 +99,7 @@ def evaluates(directory, model, coordinator="", process_id=0):
         ),
         evaluate=config.Evaluate(num_images=6, batch_size=4, num_resamples=5),
         report=config.Report(),
-    )  # fmt: skip
+    )
     main.run_stages(run)
     main.run_stages(run)  # and finds that all is done
 

@@ -17,32 +17,45 @@ _UNITS = {_RESNET: 32, _NEXT: 32, _CROSS: 3, f"{_NEXT}.depth": 1}
 def _experts_json():
     def row(index, prompts, **kept):
         return {
-            "directory": f"{index:02d}", "macs": 60_000_000 + index, "share_of_macs": 0.6,
-            "parameters": 1_500_000, "share_of_parameters": 0.75,
+            "directory": f"{index:02d}",
+            "macs": 60_000_000 + index,
+            "share_of_macs": 0.6,
+            "parameters": 1_500_000,
+            "share_of_parameters": 0.75,
             "prompts": {"train": prompts, "val": 2, "test": 0},
             "kept": {_RESNET: 8, _NEXT: 31, _CROSS: 2, f"{_NEXT}.depth": 1} | kept,
-        }  # fmt: skip
+        }
 
     rows = [row(0, 30), row(1, 10, **{f"{_NEXT}.depth": 0}), row(2, 0, **{_RESNET: 32})]
     del rows[2]["kept"][_CROSS]  # the UNet of a list of blocks has no such site
     return {
-        "mac_counter": "exact", "latent_size": [8, 8], "experts": rows,
+        "mac_counter": "exact",
+        "latent_size": [8, 8],
+        "experts": rows,
         "dense": {"macs": 100_000_000, "parameters": 2_000_000, "units": _UNITS},
-    }  # fmt: skip
+    }
 
 
 def _assign_json():
     split = {
-        "prompts": [30, 10, 0], "dead": [2], "largest_share": 0.75, "smallest_share": 0.0,
-        "macs": 0.612, "macs_over_budget": 0.02, "information_style": 0.9,
-        "information_style_shuffled": 0.03, "information_group": 0.5,
+        "prompts": [30, 10, 0],
+        "dead": [2],
+        "largest_share": 0.75,
+        "smallest_share": 0.0,
+        "macs": 0.612,
+        "macs_over_budget": 0.02,
+        "information_style": 0.9,
+        "information_style_shuffled": 0.03,
+        "information_group": 0.5,
         "information_group_shuffled": 0.04,
-    }  # fmt: skip
+    }
     unseen = split | {"macs": 0.597, "macs_over_budget": -0.005, "dead": []}
     return {
-        "macs_budget": 0.6, "units_that_differ": 0.31, "macs_of_experts": [0.6, 0.6, 0.6],
+        "macs_budget": 0.6,
+        "units_that_differ": 0.31,
+        "macs_of_experts": [0.6, 0.6, 0.6],
         "splits": {"train": split, "val": unseen, "test": split},
-    }  # fmt: skip
+    }
 
 
 def _write(tmp_path, cut=None, **more):

@@ -22,33 +22,55 @@ def _figures(agreement, distance):
 def _row(number, sparsity, agreement, distance, seed=0):
     part = {"method": f"magnitude{_EVIL}", "sparsity": sparsity}
     return {
-        "key": f"{number}", "seed": seed, "zeros": 7, "nominal": 0.7 * sparsity, "true": 0.1,
-        "components": {"unet": part}, "figures": _figures(agreement, distance),
+        "key": f"{number}",
+        "seed": seed,
+        "zeros": 7,
+        "nominal": 0.7 * sparsity,
+        "true": 0.1,
+        "components": {"unet": part},
+        "figures": _figures(agreement, distance),
         "images": f"sweep/{number}/images",
-    }  # fmt: skip
+    }
 
 
 def _write(tmp_path):
     dense = {
-        "seed": 0, "images": "sweep/dense-0/images", "figures": _figures(0.3, 0.0),
+        "seed": 0,
+        "images": "sweep/dense-0/images",
+        "figures": _figures(0.3, 0.0),
         "chance": {_AGREEMENT: 0.1, _DISTANCE: 1.0},
-    }  # fmt: skip
+    }
     both = _row(3, 0.4, 0.2, 0.3) | {"images": "gone"}
     both["components"] = {"text_encoder": {"method": "wanda", "sparsity": 0.6}} | both["components"]
     failed = _row(4, 0.9, 0.0, 0.0) | {"figures": {}, "failed": "images are not finite"}
     del failed["images"]
     cliffs = [
-        {"component": "unet", "method": f"magnitude{_EVIL}", "criterion": _AGREEMENT, "limit": 0.5,
-         "whole": 0.4, "broken": 0.45, "whole_again": []},
-        {"component": "unet", "method": f"magnitude{_EVIL}", "criterion": _DISTANCE, "limit": 0.5,
-         "why_not": "no break between sparsity 0.5 and 0.95"},
-    ]  # fmt: skip
+        {
+            "component": "unet",
+            "method": f"magnitude{_EVIL}",
+            "criterion": _AGREEMENT,
+            "limit": 0.5,
+            "whole": 0.4,
+            "broken": 0.45,
+            "whole_again": [],
+        },
+        {
+            "component": "unet",
+            "method": f"magnitude{_EVIL}",
+            "criterion": _DISTANCE,
+            "limit": 0.5,
+            "why_not": "no break between sparsity 0.5 and 0.95",
+        },
+    ]
     table = {
-        "made_from": "x", "agreement": _AGREEMENT, "prompts": ["a red apple", f"a cat{_EVIL}"],
-        "protocol": {"name": "embedded", "evaluated": 2}, "dense": [dense],
+        "made_from": "x",
+        "agreement": _AGREEMENT,
+        "prompts": ["a red apple", f"a cat{_EVIL}"],
+        "protocol": {"name": "embedded", "evaluated": 2},
+        "dense": [dense],
         "rows": [_row(1, 0.2, 0.29, 0.1), _row(2, 0.5, 0.15, 0.4), both, failed],
         "cliffs": cliffs,
-    }  # fmt: skip
+    }
     (tmp_path / "sweep.json").write_text(json.dumps(table))
     for i, name in enumerate(("dense-0", "1", "2")):
         folder = tmp_path / "sweep" / name / "images"

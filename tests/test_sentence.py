@@ -102,8 +102,11 @@ def test_other_encoders_are_refused_with_all_problems():
         sentence.SentenceConfig.from_json(values | {"position_embedding_type": "relative_key"})
     lines = str(error.value).splitlines()[1:]
     assert [line.split()[0] for line in lines] == [
-        "position_embedding_type", "model_type", "hidden_act", "hidden_size",
-    ]  # fmt: skip
+        "position_embedding_type",
+        "model_type",
+        "hidden_act",
+        "hidden_size",
+    ]
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -14,13 +14,17 @@ def _slices(num_slices, per_slice):
     """TPUs in rows of two."""
     return [
         types.SimpleNamespace(
-            id=num * per_slice + i, process_index=num, platform="tpu", device_kind="TPU v5 lite",
-            coords=(i % 2, i // 2, 0), core_on_chip=0,
+            id=num * per_slice + i,
+            process_index=num,
+            platform="tpu",
+            device_kind="TPU v5 lite",
+            coords=(i % 2, i // 2, 0),
+            core_on_chip=0,
             **({"slice_index": num} if num_slices > 1 else {}),  # as libtpu does
         )
         for num in range(num_slices)
         for i in range(per_slice)
-    ]  # fmt: skip
+    ]
 
 
 def test_only_data_crosses_slices():

@@ -155,9 +155,16 @@ def test_a_model_pruned_in_memory_is_the_one_that_stage_prune_writes(tmp_path, c
         section.calibration, model, component, _MESH, seed, ""
     )
     bench = trial.open_bench(
-        asked, _MESH, model, protocol, nothing, (64, 64), tmp_path,
-        sweep.points_of(section), calibration,
-    )  # fmt: skip
+        asked,
+        _MESH,
+        model,
+        protocol,
+        nothing,
+        (64, 64),
+        tmp_path,
+        sweep.points_of(section),
+        calibration,
+    )
     before = {path: x.copy() for path, x in bench.flat["text_encoder"].items()}
     got, done = trial.prune(bench, "text_encoder", pruning.method_of(part), 0)
     written = model_directory.load(
@@ -208,16 +215,21 @@ def test_statistics_are_computed_once_per_component_statistic_and_seed(tmp_path,
     asked = [
         config.SweepPoint(text_encoder=config.PruneComponent(s, method=method, scope=scope))
         for s, method, scope in (
-            (0.2, "wanda", "linear"), (0.4, "wanda", "linear"), (0.3, "wanda", "linear+conv"),
+            (0.2, "wanda", "linear"),
+            (0.4, "wanda", "linear"),
+            (0.3, "wanda", "linear+conv"),
             (0.4, "magnitude", "linear"),
         )
-    ]  # fmt: skip
+    ]
     table = _sweep(tmp_path, asked, num_seeds=2)
     assert len(table["rows"]) == 8
     assert len(table["dense"]) == 2
-    layers = 6 * model_directory.open_model(
-        model_directory.directory_of("embedded")
-    ).text_encoder.num_hidden_layers  # fmt: skip
+    layers = (
+        6
+        * model_directory.open_model(
+            model_directory.directory_of("embedded")
+        ).text_encoder.num_hidden_layers
+    )
     assert calls["stats"] == [(layers, "moments")] * 2
 
 
@@ -310,9 +322,13 @@ def test_what_would_end_a_sweep_later_is_told_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"config\.sweep is not possible") as error:
         sweep.run(config.Run(workdir=str(tmp_path / "work"), sweep=section), sharding.make_mesh())
     for words in (
-        "num_images is 1", "set config.sweep.measure.data", "needs the network inception",
-        "points[0].unet: ", "points[1].text_encoder: ", "pattern=2:4 removes 0.5",
-    ):  # fmt: skip
+        "num_images is 1",
+        "set config.sweep.measure.data",
+        "needs the network inception",
+        "points[0].unet: ",
+        "points[1].text_encoder: ",
+        "pattern=2:4 removes 0.5",
+    ):
         assert words in str(error.value)
     assert not (tmp_path / "work").exists()
 
@@ -325,9 +341,12 @@ def test_overrides_that_match_nothing_or_put_the_cliff_out_of_reach_are_told_at_
     with pytest.raises(ValueError, match=r"config\.sweep is not possible") as error:
         sweep.run(config.Run(workdir=str(tmp_path / "work"), sweep=section), _MESH)
     for words in (
-        "points[0].unet: ", "*.atn1.* matches none", "did you mean attn1",
-        "cliff.highest, series 1.unet: ", "a sparsity of 0.95 is out of reach",
-    ):  # fmt: skip
+        "points[0].unet: ",
+        "*.atn1.* matches none",
+        "did you mean attn1",
+        "cliff.highest, series 1.unet: ",
+        "a sparsity of 0.95 is out of reach",
+    ):
         assert words in str(error.value)
     assert "points[1]" not in str(error.value)
 
@@ -353,10 +372,12 @@ def test_series_are_points_that_differ_in_one_sparsity():
     assert paper.sweep is not None
     found = list(points.series(sweep.points_of(paper.sweep)))
     assert [(s.component, points.label(s.method), len(s.sparsities)) for s in found] == [
-        ("unet", "magnitude, rz", 14), ("text_encoder", "magnitude, rz", 11),
-        ("text_encoder", "owl-magnitude, multiple 7", 11), ("text_encoder", "wanda", 12),
+        ("unet", "magnitude, rz", 14),
+        ("text_encoder", "magnitude, rz", 11),
+        ("text_encoder", "owl-magnitude, multiple 7", 11),
+        ("text_encoder", "wanda", 12),
         ("text_encoder", "owl-wanda, multiple 7", 11),
-    ]  # fmt: skip
+    ]
     steps = tuple(x / 1000 for x in range(350, 625, 25))
     assert found[0].sparsities == (0.1, 0.2, 0.3, *steps)
     text = (0.3, 0.4, 0.5, 0.55, 0.575, 0.6, 0.625, 0.65, 0.675, 0.7, 0.8)
@@ -391,12 +412,27 @@ def test_a_point_whose_layers_have_their_own_sparsity_is_counted_and_named():
 
 # Of the text encoder and the UNet, and of both by all their parameters, in percent.
 _PUBLISHED = {
-    (0.18, 0.21): 20.2, (0.35, 0.14): 19.9, (0.53, 0.07): 20.0, (0.27, 0.31): 29.9,
-    (0.53, 0.21): 30.0, (0.8, 0.1): 29.8, (0.425, 0.3): 33.5, (0.45, 0.325): 36.0,
-    (0.475, 0.35): 38.5, (0.35, 0.42): 40.0, (0.71, 0.28): 40.1, (0.5, 0.375): 41.0,
-    (0.525, 0.4): 43.5, (0.55, 0.425): 46.0, (0.575, 0.45): 48.5, (0.44, 0.52): 49.7,
-    (0.89, 0.35): 50.2, (0.6, 0.475): 51.0, (0.625, 0.5): 53.5, (0.53, 0.63): 60.2,
-}  # fmt: skip
+    (0.18, 0.21): 20.2,
+    (0.35, 0.14): 19.9,
+    (0.53, 0.07): 20.0,
+    (0.27, 0.31): 29.9,
+    (0.53, 0.21): 30.0,
+    (0.8, 0.1): 29.8,
+    (0.425, 0.3): 33.5,
+    (0.45, 0.325): 36.0,
+    (0.475, 0.35): 38.5,
+    (0.35, 0.42): 40.0,
+    (0.71, 0.28): 40.1,
+    (0.5, 0.375): 41.0,
+    (0.525, 0.4): 43.5,
+    (0.55, 0.425): 46.0,
+    (0.575, 0.45): 48.5,
+    (0.44, 0.52): 49.7,
+    (0.89, 0.35): 50.2,
+    (0.6, 0.475): 51.0,
+    (0.625, 0.5): 53.5,
+    (0.53, 0.63): 60.2,
+}
 
 
 def test_dry_run_lists_the_paper_with_nominal_and_true_sparsity(tmp_path):

@@ -95,9 +95,17 @@ def _drawer(target: pathlib.Path) -> Callable[[str, int, float], tuple]:
     def draw(split: str, count: int, guidance: float) -> tuple:
         texts, concept, style = captions.drawn(split, count, SEED)
         batches = pipeline.render(
-            model, params, sample, texts, range(count), size=size, seed=SEED,
-            guidance_scale=guidance, negative_prompt="", batch_size=BATCH,
-        )  # fmt: skip
+            model,
+            params,
+            sample,
+            texts,
+            range(count),
+            size=size,
+            seed=SEED,
+            guidance_scale=guidance,
+            negative_prompt="",
+            batch_size=BATCH,
+        )
         return np.concatenate([batch.images for batch in batches]), texts, concept, style
 
     return draw

@@ -114,10 +114,14 @@ def write_pruning(
     layout = layout_of(sites.table(model.unet))
     found = read_pruning(source, layout)
     section = config.Router(
-        num_codes=len(found.params["codes"]), mac_counter="paper", gate_position="pre_norm",
-        forward_gates="soft", code_seeds="random", snr_weight="published",
+        num_codes=len(found.params["codes"]),
+        mac_counter="paper",
+        gate_position="pre_norm",
+        forward_gates="soft",
+        code_seeds="random",
+        snr_weight="published",
         data=config.RouterData(encoder=encoder),
-    )  # fmt: skip
+    )
     costs = router_training.budget_costs(section, model, _LATENT_SIZE)
     keep = jnp.asarray(found.code_gates >= 0.5, jnp.float32)
     kept = np.asarray(router_training.kept_shares(keep, layout, costs))
@@ -213,8 +217,10 @@ def _tensor_problems(
     layout: Layout,
 ) -> list[str]:
     width, count = values["input_dim"], codes.get("embedding.weight", np.zeros(1)).shape[0]
-    wanted = {f"quantizer {name}": (codes.get(name), (count, layout.size))
-              for name in ("embedding.weight", "embedding_gs")}  # fmt: skip
+    wanted = {
+        f"quantizer {name}": (codes.get(name), (count, layout.size))
+        for name in ("embedding.weight", "embedding_gs")
+    }
     if values.get("single_arch_param"):
         wanted["hypernet arch"] = (heads.get("arch"), (1, layout.size))
     else:

@@ -187,8 +187,10 @@ def _tensors(folder: pathlib.Path, variant: str | None) -> dict[str, torch.Tenso
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     how = {
-        "variant": args.variant, "dtype": getattr(torch, args.dtype), "device": args.device,
-    }  # fmt: skip
+        "variant": args.variant,
+        "dtype": getattr(torch, args.dtype),
+        "device": args.device,
+    }
     try:
         model = load_unet(args.directory, **how)
         print(_parameters(model, _unet_folder(args.directory)))
@@ -198,9 +200,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pipeline = load_pipeline(args.directory, **how)
             pipeline.set_progress_bar_config(disable=True)
             picture = pipeline(
-                args.prompt, num_inference_steps=args.num_steps, guidance_scale=args.guidance,
+                args.prompt,
+                num_inference_steps=args.num_steps,
+                guidance_scale=args.guidance,
                 generator=generator,
-            ).images[0]  # fmt: skip
+            ).images[0]
             picture.save(args.output)
             print(args.output)
     except ValueError as error:

@@ -72,9 +72,18 @@ __all__ = [
 ]
 
 STAGES = (
-    "pretrain", "prune", "router", "assign", "materialise", "slice", "finetune", "generate",
-    "evaluate", "sweep", "report",
-)  # in order  # fmt: skip
+    "pretrain",
+    "prune",
+    "router",
+    "assign",
+    "materialise",
+    "slice",
+    "finetune",
+    "generate",
+    "evaluate",
+    "sweep",
+    "report",
+)  # in order
 
 
 @dataclasses.dataclass
@@ -132,9 +141,14 @@ def resize(run: Run, size: str | None) -> Run:
     if run.pretrain:
         run.pretrain.num_images = 64
         small = {
-            "num_steps": 4, "batch_size": 16, "warmup_steps": 1, "cycles": 1, "log_every": 2,
-            "save_every": 2, "num_evals": 1,
-        }  # fmt: skip
+            "num_steps": 4,
+            "batch_size": 16,
+            "warmup_steps": 1,
+            "cycles": 1,
+            "log_every": 2,
+            "save_every": 2,
+            "num_evals": 1,
+        }
         for part in run.pretrain.trainings().values():
             for name, value in small.items():
                 setattr(part, name, value)
@@ -152,9 +166,18 @@ def resize(run: Run, size: str | None) -> Run:
     if run.router:
         data = _tiny_data(run.router.data)
         run.router = dataclasses.replace(
-            run.router, num_codes=2, num_steps=4, warmup_steps=2, batch_size=8, ramp_steps=1,
-            learning_rate=1e-2, log_every=2, save_every=2, num_evals=1, data=data,
-        )  # fmt: skip
+            run.router,
+            num_codes=2,
+            num_steps=4,
+            warmup_steps=2,
+            batch_size=8,
+            ramp_steps=1,
+            learning_rate=1e-2,
+            log_every=2,
+            save_every=2,
+            num_evals=1,
+            data=data,
+        )
     if run.slice:
         data = _tiny_data(run.slice.data)
         run.slice = dataclasses.replace(
@@ -162,30 +185,48 @@ def resize(run: Run, size: str | None) -> Run:
         )
     if run.finetune:
         run.finetune.training = dataclasses.replace(
-            run.finetune.training, num_steps=2, batch_size=8, warmup_steps=1, cycles=1,
-            ema_decay=0.5, log_every=1, save_every=2, num_evals=1,
-        )  # fmt: skip
+            run.finetune.training,
+            num_steps=2,
+            batch_size=8,
+            warmup_steps=1,
+            cycles=1,
+            ema_decay=0.5,
+            log_every=1,
+            save_every=2,
+            num_evals=1,
+        )
     if run.generate:
         run.generate = dataclasses.replace(
-            run.generate, prompts="embedded", num_prompts=2, batch_size=2, num_steps=2,
-            height=None, width=None,
-        )  # fmt: skip
+            run.generate,
+            prompts="embedded",
+            num_prompts=2,
+            batch_size=2,
+            num_steps=2,
+            height=None,
+            width=None,
+        )
     if run.evaluate:
         run.evaluate = dataclasses.replace(
-            run.evaluate, protocol="embedded", references="", num_images=8, batch_size=8,
+            run.evaluate,
+            protocol="embedded",
+            references="",
+            num_images=8,
+            batch_size=8,
             num_resamples=10,
-        )  # fmt: skip
+        )
     if run.sweep:
         points = run.sweep.points
         run.sweep = dataclasses.replace(
             run.sweep,
             points=points[:: -(-len(points) // 3) or 1],  # three
-            num_seeds=1, num_steps=2, cliff=None,
+            num_seeds=1,
+            num_steps=2,
+            cliff=None,
             calibration=_tiny(run.sweep.calibration),
             measure=dataclasses.replace(
                 run.sweep.measure, protocol="embedded", references="", num_images=8, batch_size=8
             ),
-        )  # fmt: skip
+        )
     return run
 
 

@@ -103,9 +103,18 @@ class Slice:
     # obs: heads and neurons, compensated. operators: whole ResNets and transformers, LD-Pruner's.
     # bksdm-*: fixed lists of blocks.
     criterion: str = of(
-        "norm", "uniform", "random", "norm", "taylor", "diff-pruning", "obs", "operators",
-        "bksdm-base", "bksdm-small", "bksdm-tiny",
-    )  # fmt: skip
+        "norm",
+        "uniform",
+        "random",
+        "norm",
+        "taylor",
+        "diff-pruning",
+        "obs",
+        "operators",
+        "bksdm-base",
+        "bksdm-small",
+        "bksdm-tiny",
+    )
     # Share of the UNet's MACs to keep, within a unit; of bksdm-* it is not read.
     macs_budget: float = within(0.8, 0.0, 1.0)
     mac_counter: str = of("exact", "exact", "paper")

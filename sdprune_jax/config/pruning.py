@@ -5,8 +5,12 @@ import dataclasses
 from sdprune_jax.config.fields import DTYPES, of, within
 
 TIMESTEP_WEIGHTS = (
-    "uniform", "linear_increasing", "linear_decreasing", "log_increasing", "log_decreasing",
-)  # fmt: skip
+    "uniform",
+    "linear_increasing",
+    "linear_decreasing",
+    "log_increasing",
+    "log_decreasing",
+)
 
 
 @dataclasses.dataclass
@@ -25,8 +29,15 @@ class PruneComponent:
     scope: str = of("linear", "linear", "linear+conv", "obsdiff", "all")
     # obsdiff is sparsegpt with the sampler's calls weighted. It and taylor are of the UNet alone.
     method: str = of(
-        "magnitude", "random", "magnitude", "wanda", "sparsegpt", "obsdiff", "alps", "taylor",
-    )  # fmt: skip
+        "magnitude",
+        "random",
+        "magnitude",
+        "wanda",
+        "sparsegpt",
+        "obsdiff",
+        "alps",
+        "taylor",
+    )
     # What scores are compared with; none is as the method's paper does. normalised: the whole
     # component, every layer in units of its norm.
     group: str | None = of(None, None, "layer", "output", "component", "normalised")

@@ -162,9 +162,7 @@ def square(
 def _stored(dataset: str, directory: str, split: str, num_images: int, image_size: int) -> Stored:
     found = {"cc3m": cc3m, "coco": coco}[dataset].load(directory, split)
     rows = slice(num_images or None)
-    found = dataclasses.replace(
-        found, records=found.records[rows], positions=found.positions[rows]
-    )  # fmt: skip
+    found = dataclasses.replace(found, records=found.records[rows], positions=found.positions[rows])
     texts = [captioned.row(found, i).captions for i in range(len(found.records))]
     content = checksums_of(dataset, directory)
     key = cache.fingerprint(dataset, content, split, found.positions, image_size)

@@ -54,9 +54,11 @@ def complete(
     if num_there:
         logging.info("%s has %d of these images already", directory, num_there)
     with tqdm(
-        desc=directory.name, total=len(wanted), initial=num_there,
+        desc=directory.name,
+        total=len(wanted),
+        initial=num_there,
         disable=not (is_writer and sys.stderr.isatty()),
-    ) as bar:  # fmt: skip
+    ) as bar:
         for batch in pipeline.render(model, params, sample, prompts, missing, **settings):
             for i, latents, image in zip(*batch, strict=True):
                 if is_writer:

@@ -61,9 +61,15 @@ def measure(
             read = functools.partial(_real, asked.reference, protocol)
             reference = extract(cached, read, asked.num_references, f"real:{asked.state}")
         found = scores.of_metric(
-            metric, wanted, reference, network, asked, mesh,
-            references=section.references, num_resamples=section.num_resamples,
-        )  # fmt: skip
+            metric,
+            wanted,
+            reference,
+            network,
+            asked,
+            mesh,
+            references=section.references,
+            num_resamples=section.num_resamples,
+        )
         for name in folders:
             figures[name] |= found[name]
     return figures
@@ -83,9 +89,11 @@ def _features(
         return np.stack([_resized(read(int(i)), metric.resize, metric.size) for i in index])
 
     how = {
-        "resize": metric.resize, "size": metric.size, "is_fresh": metric.is_fresh,
+        "resize": metric.resize,
+        "size": metric.size,
+        "is_fresh": metric.is_fresh,
         "files": [protocol.file_size, protocol.file_resize, protocol.jpeg_quality],
-    }  # fmt: skip
+    }
     compute = lambda: features.extract(network.embed, network.params, load, num_images, mesh)
     return features.cached(directory, network.weights, how, state, compute)
 

@@ -86,8 +86,9 @@ def load_lpips(
     if min(size) < lpips.MIN_SIZE:
         logging.warning(
             "evaluate: no lpips_to_dense, for it needs images of %d pixels or more, got %d x %d",
-            lpips.MIN_SIZE, *size,
-        )  # fmt: skip
+            lpips.MIN_SIZE,
+            *size,
+        )
         return None
     return load("lpips", directory, model)
 

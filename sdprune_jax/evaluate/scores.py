@@ -162,9 +162,11 @@ def _kernel(
     size = min(1000, len(x), len(real))
     mean, deviation = kernel.kid(x, real, subset_size=size)
     return {
-        "value": metric.scale * mean, "num": len(x), "subset_size": size,
+        "value": metric.scale * mean,
+        "num": len(x),
+        "subset_size": size,
         "deviation": metric.scale * deviation,
-    }  # fmt: skip
+    }
 
 
 def _mean(values: Float[np.ndarray, " n"], num_resamples: int) -> dict[str, Any]:

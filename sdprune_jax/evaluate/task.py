@@ -59,6 +59,10 @@ def load(data: str, directory: str, num_images: int, has_references: bool) -> Ta
     chosen = captioned.select(stored, positions)
     texts = captioned.captions(chosen)
     return Task(
-        texts[:num_images], None, None, len(chosen.records), lambda i: captioned.image(chosen, i),
+        texts[:num_images],
+        None,
+        None,
+        len(chosen.records),
+        lambda i: captioned.image(chosen, i),
         cache.fingerprint(chosen.positions, texts, directory),
-    )  # fmt: skip
+    )

@@ -84,8 +84,10 @@ def gaussian(found: Moments) -> Gaussian:
         logging.warning(
             "%d images bias a Fréchet distance upwards%s: use %d or more, and compare only with"
             " distances from as many",
-            found.num, singular if found.num <= size else "", _MANY,
-        )  # fmt: skip
+            found.num,
+            singular if found.num <= size else "",
+            _MANY,
+        )
     return Gaussian(found.mean, found.scatter / (found.num - 1))
 
 

@@ -202,7 +202,7 @@ class VisionTransformer(nn.Module):
         size, name = (config.patch_size,) * 2, "embeddings.patch_embedding"
         patches = nn.Conv(
             width, size, size, padding="VALID", use_bias=False, dtype=dtype, name=name
-        )(images.astype(dtype))  # fmt: skip
+        )(images.astype(dtype))
         b = patches.shape[0]
         token = VisionToken(width, name="embeddings")(b).astype(dtype)
         x = jnp.concatenate([token, patches.reshape(b, -1, width)], axis=1)

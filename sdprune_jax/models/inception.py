@@ -72,9 +72,15 @@ class BasicConv2d(nn.Module):
         # Without "highest" a TPU rounds the inputs to bfloat16, and some GPUs to 10 bits.
         precision, strides = jax.lax.Precision.HIGHEST, (self.stride, self.stride)
         x = nn.Conv(
-            self.features, self.kernel, strides, self.padding, use_bias=False,
-            precision=precision, kernel_init=nn.initializers.zeros, name="conv",
-        )(x)  # fmt: skip
+            self.features,
+            self.kernel,
+            strides,
+            self.padding,
+            use_bias=False,
+            precision=precision,
+            kernel_init=nn.initializers.zeros,
+            name="conv",
+        )(x)
         return nn.relu(StoredBatchNorm(name="bn")(x))
 
 

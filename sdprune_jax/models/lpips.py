@@ -20,8 +20,13 @@ MIN_SIZE = 31  # pixels of the height and of the width: with fewer the second po
 _MEAN, _DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _EPSILON = 1e-10  # added to the length of a feature, which may be 0
 # Place in AlexNet, channels, edge of the kernel, stride and padding of each convolution.
-_CONVOLUTIONS = ((0, 64, 11, 4, 2), (3, 192, 5, 1, 2), (6, 384, 3, 1, 1), (8, 256, 3, 1, 1),
-                 (10, 256, 3, 1, 1))  # fmt: skip
+_CONVOLUTIONS = (
+    (0, 64, 11, 4, 2),
+    (3, 192, 5, 1, 2),
+    (6, 384, 3, 1, 1),
+    (8, 256, 3, 1, 1),
+    (10, 256, 3, 1, 1),
+)
 _POOLED = (3, 6)  # a maximum goes before these
 
 
@@ -49,13 +54,22 @@ class LPIPS(nn.Module):
         x = (jnp.concatenate([got, want]) - mean) / deviation
         for i, (place, channels, edge, stride, padding) in enumerate(_CONVOLUTIONS):
             convolved = nn.Conv(
-                channels, (edge, edge), (stride, stride), padding,
-                precision=precision, kernel_init=nn.initializers.zeros, name=f"features.{place}",
-            )  # fmt: skip
+                channels,
+                (edge, edge),
+                (stride, stride),
+                padding,
+                precision=precision,
+                kernel_init=nn.initializers.zeros,
+                name=f"features.{place}",
+            )
             weighted = nn.Conv(
-                1, (1, 1), use_bias=False, precision=precision,
-                kernel_init=nn.initializers.zeros, name=f"lin{i}.model.1",
-            )  # fmt: skip
+                1,
+                (1, 1),
+                use_bias=False,
+                precision=precision,
+                kernel_init=nn.initializers.zeros,
+                name=f"lin{i}.model.1",
+            )
             if place in _POOLED:
                 x = nn.max_pool(x, (3, 3), (2, 2))
             x = nn.relu(convolved(x))

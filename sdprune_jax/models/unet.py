@@ -70,9 +70,15 @@ class TransformerBlock(nn.Module):
             head_dim = self.features // self.heads
             upcast = self.config.upcast_attention
             return Attention(
-                self.features, heads, head_dim, False, upcast, self.dtype, self.gate_position,
+                self.features,
+                heads,
+                head_dim,
+                False,
+                upcast,
+                self.dtype,
+                self.gate_position,
                 name=name,
-            )  # fmt: skip
+            )
 
         def norm(name: str, x: Array) -> Array:
             return layer_norm(1e-5, self.dtype, name)(x)
@@ -105,9 +111,13 @@ class Transformer(nn.Module):
         h = h.reshape(x.shape[0], -1, self.features)
         h = dense(self.features, dtype=self.dtype, name="proj_in")(h)
         block = TransformerBlock(
-            self.config, self.features, self.heads, self.dtype, self.gate_position,
+            self.config,
+            self.features,
+            self.heads,
+            self.dtype,
+            self.gate_position,
             name="transformer_blocks.0",
-        )  # fmt: skip
+        )
         h = block(h, text, gates)
         h = dense(self.features, dtype=self.dtype, name="proj_out")(h).reshape(x.shape)
         return depth_gated(x, x + h, gates.get(site))
@@ -170,15 +180,23 @@ class Stage(nn.Module):
         resnet_cls = nn.remat(Resnet) if self.remat else Resnet
         transformer_cls = nn.remat(Transformer) if self.remat else Transformer
         resnet = resnet_cls(
-            self.config, features, identity_channels, self.dtype, self.gate_position,
+            self.config,
+            features,
+            identity_channels,
+            self.dtype,
+            self.gate_position,
             name=f"resnets.{index}",
-        )  # fmt: skip
+        )
         if not self.has_attention:
             return resnet, None
         return resnet, transformer_cls(
-            self.config, features, heads, self.dtype, self.gate_position,
+            self.config,
+            features,
+            heads,
+            self.dtype,
+            self.gate_position,
             name=f"attentions.{index}",
-        )  # fmt: skip
+        )
 
 
 class DownBlock(Stage):
@@ -283,24 +301,44 @@ class UNet(nn.Module):
         skips, blocks = [x], []
         for i, kind in enumerate(config.down_block_types):
             block = DownBlock(
-                config, i, "CrossAttn" in kind, config.layers_per_block, dtype, self.remat,
-                self.gate_position, downsample=i < levels - 1, name=f"down_blocks.{i}",
-            )  # fmt: skip
+                config,
+                i,
+                "CrossAttn" in kind,
+                config.layers_per_block,
+                dtype,
+                self.remat,
+                self.gate_position,
+                downsample=i < levels - 1,
+                name=f"down_blocks.{i}",
+            )
             x, more = block(x, temb, text, gates)
             skips += more
             blocks.append(x)
         if config.mid_block_type:
             middle = MidBlock(
-                config, levels - 1, True, 2, dtype, self.remat, self.gate_position,
+                config,
+                levels - 1,
+                True,
+                2,
+                dtype,
+                self.remat,
+                self.gate_position,
                 name="mid_block",
-            )  # fmt: skip
+            )
             x = middle(x, temb, text, gates)
             blocks.append(x)
         for i, kind in enumerate(config.up_block_types):
             block = UpBlock(
-                config, levels - 1 - i, "CrossAttn" in kind, config.layers_per_block + 1, dtype,
-                self.remat, self.gate_position, upsample=i < levels - 1, name=f"up_blocks.{i}",
-            )  # fmt: skip
+                config,
+                levels - 1 - i,
+                "CrossAttn" in kind,
+                config.layers_per_block + 1,
+                dtype,
+                self.remat,
+                self.gate_position,
+                upsample=i < levels - 1,
+                name=f"up_blocks.{i}",
+            )
             x = block(x, skips, temb, text, gates)
             blocks.append(x)
         x = nn.silu(

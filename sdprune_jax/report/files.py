@@ -64,9 +64,17 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
             + tensors.listing(problems)
         )
     return Files(
-        prune, images, evaluation, sweep, settings, experts, assigned, finetuned, texts,
+        prune,
+        images,
+        evaluation,
+        sweep,
+        settings,
+        experts,
+        assigned,
+        finetuned,
+        texts,
         workdir / "images",
-    )  # fmt: skip
+    )
 
 
 def picture(path: pathlib.Path) -> UInt8[np.ndarray, "h w 3"]:

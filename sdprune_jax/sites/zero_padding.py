@@ -31,8 +31,11 @@ def zero_params(
     """
     sites.slice_params(params, config, architecture)  # for its errors
     flat, table = convert.flatten(params), {site.name: site for site in sites.table(config)}
-    removed = tuple(name.removesuffix("depth") for name, keep in architecture.items()
-                    if name.endswith(".depth") and not keep.any())  # fmt: skip
+    removed = tuple(
+        name.removesuffix("depth")
+        for name, keep in architecture.items()
+        if name.endswith(".depth") and not keep.any()
+    )
     for name, keep in architecture.items():
         if keep.all() or f"{name}.".startswith(removed):
             continue

@@ -56,9 +56,13 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         pairs = pictures.load(trained.data, split)
         prompts = pictures.prompts(trained.data, pairs, split, made.seed)
         embedding = encoded.embeddings(
-            trained.data, model, prompts.texts, mesh, work / "router" / "cache",
+            trained.data,
+            model,
+            prompts.texts,
+            mesh,
+            work / "router" / "cache",
             made.variant or None,
-        )  # fmt: skip
+        )
         similarity[split] = assignment.similarities(
             params, embedding, layout, code_gates, section.route_noise
         )

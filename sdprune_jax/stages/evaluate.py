@@ -44,9 +44,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     size = (protocol.generate_size or dense.unet.sample_size * dense.vae.downscale,) * 2
     needs.check(section, size[0])
     asked = task.load(
-        protocol.data, section.data, section.num_images or protocol.num_images,
+        protocol.data,
+        section.data,
+        section.num_images or protocol.num_images,
         needs.has_pictures(section, protocol),
-    )  # fmt: skip
+    )
     num_images = len(asked.prompts)  # rows that were skipped are missing
     perceptual = networks.load_lpips(section.networks, dense, size)
     output = artefacts.output_of("evaluate", work)
@@ -130,16 +132,28 @@ def _render(
         for directory, index in drawn.parts():
             model = model_directory.open_model(directory)
             sample = pipeline.make_sample(
-                model, mesh, sampler=protocol.sampler, num_steps=protocol.num_steps,
-                guided=protocol.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
-            )  # fmt: skip
+                model,
+                mesh,
+                sampler=protocol.sampler,
+                num_steps=protocol.num_steps,
+                guided=protocol.guidance_scale > 1,
+                dtype=jnp.dtype(run.dtype),
+            )
             variant = run.variant if name == "dense" else None
             # The weights are named nowhere here: they are gone before the next expert's come.
             images.complete(
-                folders[name], model, pipeline.load(model, mesh, variant), sample,
-                prompts, index, size=size, seed=run.seed, batch_size=run.evaluate.batch_size,
-                guidance_scale=protocol.guidance_scale, negative_prompt="",
-            )  # fmt: skip
+                folders[name],
+                model,
+                pipeline.load(model, mesh, variant),
+                sample,
+                prompts,
+                index,
+                size=size,
+                seed=run.seed,
+                batch_size=run.evaluate.batch_size,
+                guidance_scale=protocol.guidance_scale,
+                negative_prompt="",
+            )
 
 
 def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001

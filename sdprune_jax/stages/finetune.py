@@ -135,12 +135,21 @@ def _train_expert(
     evaluate = _evaluator(task, loss_fn, rows["val"] if training.num_evals else rows["val"][:0])
     before = evaluate(params)
     params = loop.fit(
-        loss_fn, params, distillation.make_optimizer(section), batch_at, task.frozen,
-        mesh=task.mesh, num_steps=training.num_steps, ema_decay=training.ema_decay, seed=seed,
-        directory=task.trainings / f"expert-{source.name}", log_every=training.log_every,
-        save_every=training.save_every, evaluate=evaluate,
+        loss_fn,
+        params,
+        distillation.make_optimizer(section),
+        batch_at,
+        task.frozen,
+        mesh=task.mesh,
+        num_steps=training.num_steps,
+        ema_decay=training.ema_decay,
+        seed=seed,
+        directory=task.trainings / f"expert-{source.name}",
+        log_every=training.log_every,
+        save_every=training.save_every,
+        evaluate=evaluate,
         eval_every=max(training.num_steps // max(training.num_evals, 1), 1),
-    )  # fmt: skip
+    )
     dtype = jnp.dtype(section.save_dtype)
     model_directory.write(expert, {"unet": params}, target, dtype=dtype)
     prompts = {split: len(mine) for split, mine in rows.items()}

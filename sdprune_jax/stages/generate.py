@@ -63,12 +63,24 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         for directory, index in drawn.parts():
             model = model_directory.open_model(directory)
             sample = pipeline.make_sample(
-                model, mesh, sampler=section.sampler, num_steps=section.num_steps,
-                guided=section.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
-            )  # fmt: skip
+                model,
+                mesh,
+                sampler=section.sampler,
+                num_steps=section.num_steps,
+                guided=section.guidance_scale > 1,
+                dtype=jnp.dtype(run.dtype),
+            )
             found, times = _generate(
-                model, sample, prompts, index, section, run.seed, (height, width), mesh, variant,
-            )  # fmt: skip
+                model,
+                sample,
+                prompts,
+                index,
+                section,
+                run.seed,
+                (height, width),
+                mesh,
+                variant,
+            )
             pictures |= zip(index, found, strict=True)
             seconds.update(times)
         images[name] = np.stack([pictures[i] for i in range(len(prompts))])
@@ -152,10 +164,17 @@ def _generate(
     """Images as bytes; how many came after the first batch, and the seconds of it and of all."""
     params = pipeline.load(model, mesh, variant or None)
     batches = pipeline.render(
-        model, params, sample, prompts, index, size=size, seed=seed,
-        guidance_scale=section.guidance_scale, negative_prompt=section.negative_prompt,
+        model,
+        params,
+        sample,
+        prompts,
+        index,
+        size=size,
+        seed=seed,
+        guidance_scale=section.guidance_scale,
+        negative_prompt=section.negative_prompt,
         batch_size=section.batch_size,
-    )  # fmt: skip
+    )
     images, seconds, start = [], [], time.perf_counter()
     with tqdm(desc="images", total=len(index), disable=not sys.stderr.isatty()) as bar:
         for batch in batches:

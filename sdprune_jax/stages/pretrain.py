@@ -62,14 +62,25 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     )
     text_config, text_params = contrastive.text_encoder(clip_config, clip_params)
     states = denoiser.encode_captions(
-        text_config, text_params, words, data, section.unet.captions_per_image, run.seed,
+        text_config,
+        text_params,
+        words,
+        data,
+        section.unet.captions_per_image,
+        run.seed,
         work / "cache",
-    )  # fmt: skip
+    )
     unet_config = denoiser.configure(section.unet, vae_config, text_config)
     unet_params = denoiser.train_unet(
-        section.unet, unet_config, vae_config.scaling_factor, latents, states, run.seed, mesh,
+        section.unet,
+        unet_config,
+        vae_config.scaling_factor,
+        latents,
+        states,
+        run.seed,
+        mesh,
         work / "unet",
-    )  # fmt: skip
+    )
     model = model_directory.ModelConfig(
         text_config, unet_config, vae_config, denoiser.SCHEDULE, work
     )

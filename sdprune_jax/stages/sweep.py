@@ -48,9 +48,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     edge = protocol.generate_size or model.unet.sample_size * model.vae.downscale
     _refuse(section, model, protocol, edge)
     asked = task.load(
-        protocol.data, section.measure.data, section.measure.num_images or protocol.num_images,
+        protocol.data,
+        section.measure.data,
+        section.measure.num_images or protocol.num_images,
         needs.has_pictures(section.measure, protocol),
-    )  # fmt: skip
+    )
     made_from = {
         "measure": dataclasses.asdict(section.measure),
         "calibration": dataclasses.asdict(section.calibration),
@@ -223,9 +225,11 @@ def _cliff_of(
         return float(np.mean(shares))
 
     found: dict[str, Any] = {
-        "component": series.component, "method": points.label(series.method),
-        "criterion": criterion, "limit": section.limit,
-    }  # fmt: skip
+        "component": series.component,
+        "method": points.label(series.method),
+        "criterion": criterion,
+        "limit": section.limit,
+    }
     try:
         tried = {sparsity: share(sparsity) for sparsity in (0.0, *series.sparsities)}
         low, high = cliff.bracket(tried, section.limit)

@@ -81,9 +81,13 @@ def open_bench(
     section = run.sweep
     assert section is not None
     sample = pipeline.make_sample(
-        model, mesh, sampler=protocol.sampler, num_steps=protocol.num_steps,
-        guided=protocol.guidance_scale > 1, dtype=jnp.dtype(run.dtype),
-    )  # fmt: skip
+        model,
+        mesh,
+        sampler=protocol.sampler,
+        num_steps=protocol.num_steps,
+        guided=protocol.guidance_scale > 1,
+        dtype=jnp.dtype(run.dtype),
+    )
     widest: dict[tuple[str, str], list[str]] = {}
     pruned = set()
     for point in all_points:
@@ -99,10 +103,21 @@ def open_bench(
         for name in sorted(pruned)
     }
     return Bench(
-        run, mesh, model, protocol, size, asked, folder, sample,
+        run,
+        mesh,
+        model,
+        protocol,
+        size,
+        asked,
+        folder,
+        sample,
         measuring.load_networks(section.measure, protocol, model),
-        params, flat, widest, calibration, {},
-    )  # fmt: skip
+        params,
+        flat,
+        widest,
+        calibration,
+        {},
+    )
 
 
 def dense(bench: Bench, seed: int, folder: pathlib.Path) -> dict[str, Any]:
@@ -151,10 +166,13 @@ def trial(
         params[name], done = prune(bench, name, method, seed)
         zeros += done.zeros
         parts[name] = {
-            "method": points.label(method), "scope": method.scope, "sparsity": method.sparsity,
-            "zeros": done.zeros, "of_prunable": done.of_prunable,
+            "method": points.label(method),
+            "scope": method.scope,
+            "sparsity": method.sparsity,
+            "zeros": done.zeros,
+            "of_prunable": done.of_prunable,
             "settings": dataclasses.asdict(method),
-        }  # fmt: skip
+        }
     clock.append(time.perf_counter())
     _render(bench, params, seed, folder)
     clock.append(time.perf_counter())
@@ -186,8 +204,12 @@ def failed(bench: Bench, point: points.Point, seed: int, why: str) -> dict[str, 
         for name, method in points.methods(point).items()
     }
     return {
-        "seed": seed, **found._asdict(), "components": parts, "figures": {}, "failed": why,
-    }  # fmt: skip
+        "seed": seed,
+        **found._asdict(),
+        "components": parts,
+        "figures": {},
+        "failed": why,
+    }
 
 
 def keep(drawn: pathlib.Path, target: pathlib.Path, num_images: int, num_kept: int) -> None:
@@ -226,8 +248,9 @@ def _calibrate(bench: Bench, component: str, method: Method, seed: int) -> Calib
             logging.warning(
                 "statistics (%s) of the %s exceed calibration.max_gigabytes: every point computes"
                 " its own, in parts",
-                statistic, component,
-            )  # fmt: skip
+                statistic,
+                component,
+            )
         dense = bench.flat[component]
         bench.stats[key] = calibration.stats(dense, widest, statistic) if fits else None
         _forget(bench.stats, seed, bench.run.sweep.calibration.max_gigabytes)
@@ -250,18 +273,30 @@ def _forget(
 def _render(bench: Bench, params: Mapping[str, Any], seed: int, folder: pathlib.Path) -> None:
     assert bench.run.sweep is not None
     images.complete(
-        folder, bench.model, params, bench.sample, bench.asked.prompts, size=bench.size, seed=seed,
-        guidance_scale=bench.protocol.guidance_scale, negative_prompt="",
+        folder,
+        bench.model,
+        params,
+        bench.sample,
+        bench.asked.prompts,
+        size=bench.size,
+        seed=seed,
+        guidance_scale=bench.protocol.guidance_scale,
+        negative_prompt="",
         batch_size=bench.run.sweep.measure.batch_size,
-    )  # fmt: skip
+    )
 
 
 def _measure(bench: Bench, folder: pathlib.Path) -> scores.Figures:
     assert bench.run.sweep is not None
     found = measuring.measure(
-        bench.run.sweep.measure, bench.mesh, bench.protocol, bench.networks, {"": folder},
-        bench.asked, bench.folder / "cache",
-    )  # fmt: skip
+        bench.run.sweep.measure,
+        bench.mesh,
+        bench.protocol,
+        bench.networks,
+        {"": folder},
+        bench.asked,
+        bench.folder / "cache",
+    )
     return found[""]
 
 

@@ -53,13 +53,11 @@ def main() -> None:
 def _calibration(config: unet.UNetConfig, num_prompts: int, num_steps: int, rounds: int) -> None:
     shapes, mesh = unet.param_shapes(config), sharding.make_mesh()
     batch = -(-num_prompts // mesh.size) * mesh.size
-    params = jax.device_put(
-        loop.init_params(shapes, 0), sharding.fsdp_shardings(shapes, mesh)
-    )  # fmt: skip
+    params = jax.device_put(loop.init_params(shapes, 0), sharding.fsdp_shardings(shapes, mesh))
     walk = CalibrationSettings(num_steps=num_steps, batch_size=batch)
     model = ModelConfig(
         clip.TextConfig(), config, vae.VAEConfig(), noise_schedule.Schedule(), pathlib.Path()
-    )  # fmt: skip
+    )
     rng = np.random.default_rng(0)
     draw = lambda n: rng.normal(size=(n, 77, config.cross_attention_dim)).astype(np.float32)
     text, negative, key = draw(batch), draw(1), jax.random.key(0)
