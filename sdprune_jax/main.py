@@ -55,10 +55,10 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
 
 def stages_of(run: config.Run) -> list[types.ModuleType]:
     """Imports the stages whose section is set; data libraries behind the others take seconds."""
-    names = [name for name in config.STAGES if getattr(run, name)]
-    if not names:
+    modules = config.stages_of(run)
+    if not modules:
         raise UserError(f"the config sets no stage: none of {', '.join(config.STAGES)}")
-    return [importlib.import_module(f"sdprune_jax.stages.{name}") for name in names]
+    return [importlib.import_module(module) for module in modules.values()]
 
 
 def check(run: config.Run, num_devices: int) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from sdprune_jax import config, pipeline, sharding
 from sdprune_jax.data import tokenizer
 from sdprune_jax.evaluate import images, measuring, needs, networks, scores, task
+from sdprune_jax.evaluate.measurement import Measurement
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Metric
 from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import clip_score, embedded
@@ -98,7 +99,7 @@ def test_files_of_the_sd2_pruning_paper_are_jpegs_of_299_pixels():
 
 
 def test_what_a_protocol_lacks_is_said_before_any_work(tmp_path):
-    section = config.Evaluate(protocol="aptp-coco", networks=str(tmp_path), batch_size=8)
+    section = Measurement(protocol="aptp-coco", networks=str(tmp_path), batch_size=8)
     asked = config.Run(workdir=str(tmp_path / "run"), evaluate=section)
     with pytest.raises(
         ValueError,
@@ -127,13 +128,13 @@ def test_what_a_protocol_lacks_is_said_before_any_work(tmp_path):
     ],
 )
 def test_a_measurement_that_would_fail_at_its_end_is_told(protocol, edge, words):
-    section = config.Evaluate(protocol=protocol)
+    section = Measurement(protocol=protocol)
     found = needs.problems(section, PROTOCOLS[protocol], edge, "config.evaluate")
     assert (words in " ".join(found)) if words else not found
 
 
 def test_statistics_replace_pictures_for_fid_alone():
-    section = config.Evaluate(references="statistics.npz")
+    section = Measurement(references="statistics.npz")
     assert not needs.has_pictures(section, PROTOCOLS["sd2prune-paper"])
     assert needs.has_pictures(section, PROTOCOLS["aptp-coco"])  # CMMD
     read = [kind for kind in ("fid", "kid", "cmmd") if needs.reads_pictures(section, kind)]
@@ -148,7 +149,7 @@ def test_other_prompts_variants_and_statistics_are_other_evaluations(tmp_path):
     assert key(_TASK._replace(state="other")) != before
     asked.variant = "fp16"
     assert key(_TASK) != before
-    section = config.Evaluate(references=str(tmp_path / "real.npz"))
+    section = Measurement(references=str(tmp_path / "real.npz"))
     (tmp_path / "real.npz").write_bytes(b"one")
     states = needs.states(section, protocol)
     (tmp_path / "real.npz").write_bytes(b"two")

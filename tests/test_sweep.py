@@ -155,7 +155,6 @@ def test_a_model_pruned_in_memory_is_the_one_that_stage_prune_writes(tmp_path, c
         section.calibration, model, component, _MESH, seed, ""
     )
     bench = trial.open_bench(
-        asked,
         _MESH,
         model,
         protocol,
@@ -164,6 +163,7 @@ def test_a_model_pruned_in_memory_is_the_one_that_stage_prune_writes(tmp_path, c
         tmp_path,
         sweep.points_of(section),
         calibration,
+        sweep._measurement(section),
     )
     before = {path: x.copy() for path, x in bench.flat["text_encoder"].items()}
     got, done = trial.prune(bench, "text_encoder", pruning.method_of(part), 0)

@@ -4,6 +4,8 @@
 """
 
 import dataclasses
+import types
+from typing import Any
 
 from sdprune_jax import UserError
 from sdprune_jax.config.experts import (
@@ -69,21 +71,9 @@ __all__ = [
     "SweepPoint",
     "Training",
     "resize",
+    "stage",
+    "stages_of",
 ]
-
-STAGES = (
-    "pretrain",
-    "prune",
-    "router",
-    "assign",
-    "materialise",
-    "slice",
-    "finetune",
-    "generate",
-    "evaluate",
-    "sweep",
-    "report",
-)  # in order
 
 
 @dataclasses.dataclass
@@ -123,6 +113,30 @@ class Run:
     evaluate: Evaluate | None = None
     sweep: Sweep | None = None
     report: Report | None = None
+
+
+STAGES = tuple(
+    field.name for field in dataclasses.fields(Run) if isinstance(field.type, types.UnionType)
+)  # in order
+
+
+def stage(module: str) -> Any:
+    """A field of a subclass of `Run` for a section whose stage is another package's module.
+
+    Args:
+        module: dotted name of a module with `check`, `plan` and `run`, as those in
+            `sdprune_jax.stages`.
+    """
+    return dataclasses.field(default=None, metadata={"stage": module})
+
+
+def stages_of(run: Run) -> dict[str, str]:
+    """Returns the module of every stage whose section is set, by the section's name, in order."""
+    return {
+        field.name: field.metadata.get("stage", f"sdprune_jax.stages.{field.name}")
+        for field in dataclasses.fields(run)
+        if isinstance(field.type, types.UnionType) and getattr(run, field.name)
+    }
 
 
 def resize(run: Run, size: str | None) -> Run:

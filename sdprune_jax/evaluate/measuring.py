@@ -8,9 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Num, UInt8
 
-from sdprune_jax import config
 from sdprune_jax.data.images import RESIZE
 from sdprune_jax.evaluate import images, needs, networks, scores, task
+from sdprune_jax.evaluate.measurement import Measurement
 from sdprune_jax.evaluate.protocols import Metric, Protocol
 from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import features
@@ -20,15 +20,15 @@ _Read = Callable[[int], UInt8[np.ndarray, "h w 3"]]
 
 
 def load_networks(
-    section: config.Evaluate, protocol: Protocol, dense: model_directory.ModelConfig
+    measurement: Measurement, protocol: Protocol, dense: model_directory.ModelConfig
 ) -> dict[str, networks.Network]:
     """All that a protocol's metrics need, by name."""
     names = needs.network_names(protocol)
-    return {name: networks.load(name, section.networks, dense) for name in names}
+    return {name: networks.load(name, measurement.networks, dense) for name in names}
 
 
 def measure(
-    section: config.Evaluate,
+    measurement: Measurement,
     mesh: Mesh,
     protocol: Protocol,
     loaded: Mapping[str, networks.Network],
@@ -39,7 +39,7 @@ def measure(
     """The figures of every model, of the images in its folder.
 
     Args:
-        section: where reference statistics are, and the number of resamples.
+        measurement: where reference statistics are, and the number of resamples.
         protocol: what to measure.
         loaded: networks by name, from `load_networks`.
         folders: where each model's images are; features are kept in `cache` beside each.
@@ -57,7 +57,7 @@ def measure(
             state = f"{folder.name}:{num_images}"
             wanted[name] = extract(folder.parent / "cache", read, num_images, state)
         reference = None
-        if asked.reference and needs.reads_pictures(section, metric.kind):
+        if asked.reference and needs.reads_pictures(measurement, metric.kind):
             read = functools.partial(_real, asked.reference, protocol)
             reference = extract(cached, read, asked.num_references, f"real:{asked.state}")
         found = scores.of_metric(
@@ -67,8 +67,8 @@ def measure(
             network,
             asked,
             mesh,
-            references=section.references,
-            num_resamples=section.num_resamples,
+            references=measurement.references,
+            num_resamples=measurement.num_resamples,
         )
         for name in folders:
             figures[name] |= found[name]

@@ -3,54 +3,55 @@
 import hashlib
 import pathlib
 
-from sdprune_jax import UserError, config
+from sdprune_jax import UserError
 from sdprune_jax.evaluate import networks
+from sdprune_jax.evaluate.measurement import Measurement
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
 from sdprune_jax.files import tensors
 
 _WITH_PICTURES = ("kid", "cmmd")  # kinds that no statistics of the reference pictures replace
 
 
-def check(section: config.Evaluate, edge: int | None = None) -> None:
-    """Checks the section `evaluate` of a run.
+def check(measurement: Measurement, edge: int | None = None) -> None:
+    """Checks what the section `evaluate` of a run asks for.
 
     Args:
-        section: what is asked for.
+        measurement: what is asked for.
         edge: height and width of the model's images, in pixels; None if not known yet.
 
     Raises:
         ValueError: naming all of `problems`.
     """
-    if found := problems(section, PROTOCOLS[section.protocol], edge, "config.evaluate"):
+    if found := problems(measurement, PROTOCOLS[measurement.protocol], edge, "config.evaluate"):
         raise UserError("config.evaluate is not possible:\n  " + tensors.listing(found))
 
 
-def problems(section: config.Evaluate, protocol: Protocol, edge: int | None, key: str) -> list[str]:
+def problems(measurement: Measurement, protocol: Protocol, edge: int | None, key: str) -> list[str]:
     """What of a measurement is missing, or cannot be.
 
     Args:
-        section: what is asked for.
+        measurement: what is asked for.
         edge: see `check`.
-        key: what messages call the section.
+        key: what messages call the measurement.
     """
     found, name = [], protocol.name
-    if (section.num_images or protocol.num_images) < 2:
+    if (measurement.num_images or protocol.num_images) < 2:
         found.append(f"{key}.num_images is 1: one image has no distribution; give 2")
-    if protocol.data != "embedded" and not section.data:
+    if protocol.data != "embedded" and not measurement.data:
         found.append(
             f"the protocol {name} draws from {protocol.data}: set {key}.data to a directory that"
             " sdprune prepare-data wrote"
         )
-    if protocol.data == "bksdm" and not section.references:
+    if protocol.data == "bksdm" and not measurement.references:
         found.append(
             f"the protocol {name} has no reference pictures: set {key}.references to their"
             " statistics, a .npz with mu and sigma"
         )
-    if section.references and not pathlib.Path(section.references).is_file():
-        found.append(f"{key}.references is {section.references}, which is no file")
+    if measurement.references and not pathlib.Path(measurement.references).is_file():
+        found.append(f"{key}.references is {measurement.references}, which is no file")
     for network in network_names(protocol):
         try:
-            networks.path(section.networks, network)
+            networks.path(measurement.networks, network)
         except ValueError as error:
             found.append(f"{error}, and set {key}.networks")
     sizes = {metric.size for metric in protocol.metrics if metric.network == "embedded"}
@@ -62,21 +63,21 @@ def problems(section: config.Evaluate, protocol: Protocol, edge: int | None, key
     return found
 
 
-def has_pictures(section: config.Evaluate, protocol: Protocol) -> bool:
+def has_pictures(measurement: Measurement, protocol: Protocol) -> bool:
     """Whether reference pictures are read, not their captions alone."""
-    return not section.references or any(m.kind in _WITH_PICTURES for m in protocol.metrics)
+    return not measurement.references or any(m.kind in _WITH_PICTURES for m in protocol.metrics)
 
 
-def reads_pictures(section: config.Evaluate, kind: str) -> bool:
+def reads_pictures(measurement: Measurement, kind: str) -> bool:
     """Whether a metric of that kind is a distance to reference pictures, not to `references`."""
-    return kind in _WITH_PICTURES or (kind == "fid" and not section.references)
+    return kind in _WITH_PICTURES or (kind == "fid" and not measurement.references)
 
 
-def states(section: config.Evaluate, protocol: Protocol) -> list[str]:
+def states(measurement: Measurement, protocol: Protocol) -> list[str]:
     """Hashes of the networks and of the reference statistics."""
-    found = [networks.state(name, section.networks) for name in network_names(protocol)]
-    if section.references:
-        data = pathlib.Path(section.references).read_bytes()
+    found = [networks.state(name, measurement.networks) for name in network_names(protocol)]
+    if measurement.references:
+        data = pathlib.Path(measurement.references).read_bytes()
         found.append(hashlib.sha256(data).hexdigest())
     return found
 

@@ -53,9 +53,7 @@ def card(run: config.Run, num_devices: int) -> str:
     mesh = _mesh(run.mesh, num_devices)
     checks.check_devices(run, num_devices)
     stages = {
-        name: importlib.import_module(f"sdprune_jax.stages.{name}")
-        for name in config.STAGES
-        if getattr(run, name)
+        name: importlib.import_module(module) for name, module in config.stages_of(run).items()
     }
     if run.pretrain:
         model = stages["pretrain"].planned_model(run)

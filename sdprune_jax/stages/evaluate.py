@@ -18,6 +18,7 @@ from sdprune_jax import artefacts, config, pipeline
 from sdprune_jax.aptp import expert_files, routed
 from sdprune_jax.data import cache
 from sdprune_jax.evaluate import images, measuring, needs, networks, scores, task
+from sdprune_jax.evaluate.measurement import Measurement
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
 from sdprune_jax.files import model_directory
 from sdprune_jax.models import samplers
@@ -42,12 +43,13 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     directories = expert_files.models_of_run(run.model, work)
     dense = model_directory.open_model(directories["dense"][0])
     size = (protocol.generate_size or dense.unet.sample_size * dense.vae.downscale,) * 2
-    needs.check(section, size[0])
+    measurement = Measurement(**dataclasses.asdict(section))
+    needs.check(measurement, size[0])
     asked = task.load(
         protocol.data,
         section.data,
         section.num_images or protocol.num_images,
-        needs.has_pictures(section, protocol),
+        needs.has_pictures(measurement, protocol),
     )
     num_images = len(asked.prompts)  # rows that were skipped are missing
     perceptual = networks.load_lpips(section.networks, dense, size)
@@ -63,7 +65,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         "models": states,
         "data": asked.state,
         "prompts": list(asked.prompts),
-        "networks": needs.states(section, protocol),
+        "networks": needs.states(measurement, protocol),
         "lpips": perceptual.weights if perceptual else None,
     }
     if artefacts.is_complete(output, made_from):
@@ -75,9 +77,9 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     }
     models = routed.models(directories, work, dense, asked.prompts, mesh)
     _render(run, mesh, protocol, models, folders, asked.prompts, size)
-    loaded = measuring.load_networks(section, protocol, dense)
+    loaded = measuring.load_networks(measurement, protocol, dense)
     figures = measuring.measure(
-        section, mesh, protocol, loaded, folders, asked, output.directory / "cache"
+        measurement, mesh, protocol, loaded, folders, asked, output.directory / "cache"
     )
     for name, folder in folders.items():
         if name != "dense":
@@ -161,7 +163,8 @@ def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001
     assert run.evaluate is not None
     model, protocol = inputs.check_model(run), PROTOCOLS[run.evaluate.protocol]
     needs.check(
-        run.evaluate, protocol.generate_size or model.unet.sample_size * model.vae.downscale
+        Measurement(**dataclasses.asdict(run.evaluate)),
+        protocol.generate_size or model.unet.sample_size * model.vae.downscale,
     )
     samplers.timetable(model.schedule, protocol.sampler, protocol.num_steps)
 

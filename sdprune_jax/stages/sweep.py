@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from sdprune_jax import NotFiniteError, UserError, artefacts, config, sharding, sites
 from sdprune_jax.data import cache, captions
 from sdprune_jax.evaluate import needs, task
+from sdprune_jax.evaluate.measurement import Measurement
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
 from sdprune_jax.files import convert, model_directory, tensors
 from sdprune_jax.models import samplers
@@ -47,11 +48,12 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     protocol = _protocol(section)
     edge = protocol.generate_size or model.unet.sample_size * model.vae.downscale
     _refuse(section, model, protocol, edge)
+    measurement = _measurement(section)
     asked = task.load(
         protocol.data,
         section.measure.data,
         section.measure.num_images or protocol.num_images,
-        needs.has_pictures(section.measure, protocol),
+        needs.has_pictures(measurement, protocol),
     )
     made_from = {
         "measure": dataclasses.asdict(section.measure),
@@ -63,7 +65,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         "model": artefacts.model_state(model.directory, run.variant),
         "data": asked.state,
         "prompts": list(asked.prompts),
-        "networks": needs.states(section.measure, protocol),
+        "networks": needs.states(measurement, protocol),
     }
     output = artefacts.output_of("sweep", work)
     names = [metric.name for metric in protocol.metrics if metric.kind == "clip_score"]
@@ -92,7 +94,6 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
     bench = functools.cache(
         lambda: trial.open_bench(
-            run,
             mesh,
             model,
             protocol,
@@ -101,6 +102,9 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             output.directory,
             all_points,
             calibration,
+            measurement,
+            run.dtype,
+            run.variant,
         )
     )
     seeds = range(run.seed, run.seed + section.num_seeds)
@@ -244,6 +248,10 @@ def _cliff_of(
     return found | edge._asdict() | {"whole_again": whole_again}
 
 
+def _measurement(section: config.Sweep) -> Measurement:
+    return Measurement(**dataclasses.asdict(section.measure))
+
+
 def _protocol(section: config.Sweep) -> Protocol:
     protocol = PROTOCOLS[section.measure.protocol]
     metrics = tuple(metric for metric in protocol.metrics if metric.kind in _KINDS)
@@ -258,7 +266,7 @@ def _refuse(
     edge: int,
 ) -> None:
     """Raises for all that would end the sweep later, at once."""
-    problems = needs.problems(section.measure, protocol, edge, "config.sweep.measure")
+    problems = needs.problems(_measurement(section), protocol, edge, "config.sweep.measure")
     all_points = points_of(section)
     asked = {f"points[{i}]": point for i, point in enumerate(all_points)}
     if section.cliff:  # bisected between points, or up to `highest`

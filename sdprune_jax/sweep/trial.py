@@ -13,8 +13,9 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from sdprune_jax import config, pipeline, sharding, sites
+from sdprune_jax import pipeline, sharding, sites
 from sdprune_jax.evaluate import images, measuring, networks, scores, task
+from sdprune_jax.evaluate.measurement import Measurement
 from sdprune_jax.evaluate.protocols import Protocol
 from sdprune_jax.files import convert, model_directory
 from sdprune_jax.pruning.component import Calibrate, prune_component
@@ -34,7 +35,6 @@ class Bench(NamedTuple):
     """What all points share, computed once.
 
     Attributes:
-        run: the experiment.
         model: configs of the dense one.
         protocol: how images are made and measured.
         size: height and width of images, in pixels.
@@ -46,11 +46,11 @@ class Bench(NamedTuple):
         flat: float32 arrays on the host, by path, of the components that points prune.
         widest: by component and statistic, the layers of all points that need it.
         calibration: makes the calibration of a component from its name and a seed.
+        measurement: what is measured of every point.
         stats: what the dense model's layers read, by component, statistic and seed; filled when
             needed. Only the last seed is kept where more exceed `calibration.max_gigabytes`.
     """
 
-    run: config.Run
     mesh: Mesh
     model: model_directory.ModelConfig
     protocol: Protocol
@@ -63,11 +63,11 @@ class Bench(NamedTuple):
     flat: Mapping[str, Mapping[str, np.ndarray]]
     widest: Mapping[tuple[str, str], list[str]]
     calibration: Callable[[str, int], Calibration]
+    measurement: Measurement
     stats: dict[tuple[str, str, int], _Stats | None]
 
 
 def open_bench(
-    run: config.Run,
     mesh: Mesh,
     model: model_directory.ModelConfig,
     protocol: Protocol,
@@ -76,17 +76,18 @@ def open_bench(
     folder: pathlib.Path,
     all_points: Sequence[points.Point],
     calibration: Callable[[str, int], Calibration],
+    measurement: Measurement,
+    dtype: str = "float32",
+    variant: str = "",
 ) -> Bench:
     """Loads the dense model and the networks, and compiles nothing yet."""
-    section = run.sweep
-    assert section is not None
     sample = pipeline.make_sample(
         model,
         mesh,
         sampler=protocol.sampler,
         num_steps=protocol.num_steps,
         guided=protocol.guidance_scale > 1,
-        dtype=jnp.dtype(run.dtype),
+        dtype=jnp.dtype(dtype),
     )
     widest: dict[tuple[str, str], list[str]] = {}
     pruned = set()
@@ -97,13 +98,12 @@ def open_bench(
                 layers = sites.prunable(model_directory.param_shapes(model, name), name, part.scope)
                 known = widest.get((name, statistic), [])
                 widest[name, statistic] = list(dict.fromkeys([*known, *layers]))
-    params = pipeline.load(model, mesh, run.variant or None)
+    params = pipeline.load(model, mesh, variant or None)
     flat = {
         name: {path: sharding.to_host(x) for path, x in convert.flatten(params[name]).items()}
         for name in sorted(pruned)
     }
     return Bench(
-        run,
         mesh,
         model,
         protocol,
@@ -111,11 +111,12 @@ def open_bench(
         asked,
         folder,
         sample,
-        measuring.load_networks(section.measure, protocol, model),
+        measuring.load_networks(measurement, protocol, model),
         params,
         flat,
         widest,
         calibration,
+        measurement,
         {},
     )
 
@@ -177,8 +178,7 @@ def trial(
     _render(bench, params, seed, folder)
     clock.append(time.perf_counter())
     figures = _measure(bench, folder)
-    assert bench.run.sweep is not None
-    resamples = bench.run.sweep.measure.num_resamples
+    resamples = bench.measurement.num_resamples
     figures |= scores.to_dense(folder, of_dense, len(bench.asked.prompts), resamples)
     scores.take_values(figures)  # a row has means alone
     clock.append(time.perf_counter())
@@ -239,7 +239,6 @@ def _calibrate(bench: Bench, component: str, method: Method, seed: int) -> Calib
     statistic = STATISTIC[method.method]
     if statistic is None:
         return None
-    assert bench.run.sweep is not None
     calibration = bench.calibration(component, seed)
     key, widest = (component, statistic, seed), bench.widest[component, statistic]
     if key not in bench.stats:
@@ -253,7 +252,7 @@ def _calibrate(bench: Bench, component: str, method: Method, seed: int) -> Calib
             )
         dense = bench.flat[component]
         bench.stats[key] = calibration.stats(dense, widest, statistic) if fits else None
-        _forget(bench.stats, seed, bench.run.sweep.calibration.max_gigabytes)
+        _forget(bench.stats, seed, calibration.settings.max_gigabytes)
     found = bench.stats[key]
     if found is None:
         return calibration.parts
@@ -271,7 +270,6 @@ def _forget(
 
 
 def _render(bench: Bench, params: Mapping[str, Any], seed: int, folder: pathlib.Path) -> None:
-    assert bench.run.sweep is not None
     images.complete(
         folder,
         bench.model,
@@ -282,14 +280,13 @@ def _render(bench: Bench, params: Mapping[str, Any], seed: int, folder: pathlib.
         seed=seed,
         guidance_scale=bench.protocol.guidance_scale,
         negative_prompt="",
-        batch_size=bench.run.sweep.measure.batch_size,
+        batch_size=bench.measurement.batch_size,
     )
 
 
 def _measure(bench: Bench, folder: pathlib.Path) -> scores.Figures:
-    assert bench.run.sweep is not None
     found = measuring.measure(
-        bench.run.sweep.measure,
+        bench.measurement,
         bench.mesh,
         bench.protocol,
         bench.networks,
