@@ -308,7 +308,7 @@ def _commit(output: Output, partial: Partial, made_from: dict[str, Any]) -> None
     for folder in sorted({path.parent for path in map(pathlib.PurePath, old)}, reverse=True):
         with contextlib.suppress(OSError):  # it is in use, or gone
             (output.directory / folder).rmdir()
-    for folder in {output.directory, *(p.parent for p in map(output.directory.joinpath, new))}:
+    for folder in {path.parent for path in map(output.directory.joinpath, new)}:
         _sync(folder)
     _write(
         output.record, {"made_from": made_from, "files": new} | typed_json.to_json(partial.record)
