@@ -2,8 +2,10 @@
 
 import functools
 import pathlib
+import shutil
 
 import aptp_model
+import damaged_outputs
 import jax
 import pytest
 
@@ -11,6 +13,7 @@ from sdprune_jax import main, sharding
 from sdprune_jax.config import checks, command_line
 from sdprune_jax.evaluate import task
 from sdprune_jax.evaluate.protocols import PROTOCOLS
+from sdprune_jax.files import model_directory
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -37,8 +40,11 @@ def test_config_runs_as_tiny(path, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "load", functools.partial(_few_references, task.load))
     if path.stem == "evaluate_embedded":  # aptp_emoji evaluates experts too
         run.router = run.assign = run.materialise = run.finetune = None
+    if not run.pretrain:  # one that may be damaged
+        shutil.copytree(model_directory.directory_of("embedded"), tmp_path / "model")
+        run.model = str(tmp_path / "model")
     if run.router:  # trains every expert, and each has programs of its own
-        run.model = str(aptp_model.make(tmp_path / "model", aptp_model.ONE_LEVEL).directory)
+        run.model = str(aptp_model.make(tmp_path / "micro", aptp_model.ONE_LEVEL).directory)
         if run.generate and run.evaluate:  # the programs of one serve the other
             run.generate.num_steps = PROTOCOLS[run.evaluate.protocol].num_steps
             run.generate.batch_size = run.evaluate.batch_size
@@ -48,6 +54,7 @@ def test_config_runs_as_tiny(path, tmp_path, monkeypatch):
     assert all(output.exists() for output in outputs)
     again = main.run_stages(run)  # complete stages are reused
     assert again == outputs
+    damaged_outputs.check(run, one_device(-1, 1), monkeypatch)
     if run.report:
         page = outputs[-1].read_text()
         shown = 3 * run.generate.num_prompts if run.generate else 0
