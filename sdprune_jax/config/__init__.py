@@ -114,6 +114,24 @@ class Run:
     sweep: Sweep | None = None
     report: Report | None = None
 
+    def check(self) -> list[str]:
+        """Returns what is wrong between fields that are each possible alone."""
+        problems = []
+        for name in stages_of(self):
+            section = getattr(self, name)
+            problems += section.check(f"config.{name}") if hasattr(section, "check") else []
+        if self.slice and self.materialise:
+            problems.append(
+                "config.slice and config.materialise would both write the run's experts; set one"
+                " to none, or give them different workdirs"
+            )
+        if self.pretrain and self.dtype != "float32":
+            problems.append(
+                f"config.dtype is {self.dtype}, and pretrain computes in float32 alone; leave"
+                " dtype out, or pretrain in a run of its own"
+            )
+        return problems
+
 
 STAGES = tuple(
     field.name for field in dataclasses.fields(Run) if isinstance(field.type, types.UnionType)
@@ -152,106 +170,10 @@ def resize(run: Run, size: str | None) -> Run:
             f"unknown size {size!r} after the config's name; use `tiny`, or leave it out"
         )
     run.workdir += "_tiny"
-    if run.pretrain:
-        run.pretrain.num_images = 64
-        small = {
-            "num_steps": 4,
-            "batch_size": 16,
-            "warmup_steps": 1,
-            "cycles": 1,
-            "log_every": 2,
-            "save_every": 2,
-            "num_evals": 1,
-        }
-        for part in run.pretrain.trainings().values():
-            for name, value in small.items():
-                setattr(part, name, value)
-        if run.pretrain.clip.soup_strengths:
-            run.pretrain.clip.soup_strengths = run.pretrain.clip.soup_strengths[:1]
-        run.pretrain.clip.text_layers, run.pretrain.clip.vision_layers = 2, 1
-        run.pretrain.clip.width, run.pretrain.clip.whole_from = 32, 2
-        run.pretrain.vae.widths = (8, 8, 16)
-        run.pretrain.unet.widths, run.pretrain.unet.heads = (8, 16), (1, 2)
-        run.pretrain.unet.captions_per_image = 1
-    else:
+    if not run.pretrain:
         run.model = "embedded"
-    if run.prune:
-        run.prune.calibration = _tiny(run.prune.calibration)
-    if run.router:
-        data = _tiny_data(run.router.data)
-        run.router = dataclasses.replace(
-            run.router,
-            num_codes=2,
-            num_steps=4,
-            warmup_steps=2,
-            batch_size=8,
-            ramp_steps=1,
-            learning_rate=1e-2,
-            log_every=2,
-            save_every=2,
-            num_evals=1,
-            data=data,
-        )
-    if run.slice:
-        data = _tiny_data(run.slice.data)
-        run.slice = dataclasses.replace(
-            run.slice, data=data, calibration=_tiny(run.slice.calibration)
-        )
-    if run.finetune:
-        run.finetune.training = dataclasses.replace(
-            run.finetune.training,
-            num_steps=2,
-            batch_size=8,
-            warmup_steps=1,
-            cycles=1,
-            ema_decay=0.5,
-            log_every=1,
-            save_every=2,
-            num_evals=1,
-        )
-    if run.generate:
-        run.generate = dataclasses.replace(
-            run.generate,
-            prompts="embedded",
-            num_prompts=2,
-            batch_size=2,
-            num_steps=2,
-            height=None,
-            width=None,
-        )
-    if run.evaluate:
-        run.evaluate = dataclasses.replace(
-            run.evaluate,
-            protocol="embedded",
-            references="",
-            num_images=8,
-            batch_size=8,
-            num_resamples=10,
-        )
-    if run.sweep:
-        points = run.sweep.points
-        run.sweep = dataclasses.replace(
-            run.sweep,
-            points=points[:: -(-len(points) // 3) or 1],  # three
-            num_seeds=1,
-            num_steps=2,
-            cliff=None,
-            calibration=_tiny(run.sweep.calibration),
-            measure=dataclasses.replace(
-                run.sweep.measure, protocol="embedded", references="", num_images=8, batch_size=8
-            ),
-        )
+    for name in stages_of(run):
+        section = getattr(run, name)
+        if hasattr(section, "tiny"):
+            setattr(run, name, section.tiny())
     return run
-
-
-def _tiny(section: Calibration) -> Calibration:
-    gradients = Gradients(num_images=8, batch_size=8, num_timesteps=2)
-    return dataclasses.replace(
-        section, prompts="embedded", num_prompts=8, batch_size=8, num_steps=2, gradients=gradients
-    )
-
-
-def _tiny_data(section: RouterData) -> RouterData:
-    return dataclasses.replace(
-        section, dataset="embedded", encoder="text_encoder", num_images=64, captions_per_image=1
-    )

@@ -18,7 +18,7 @@ def check(run: config.Run) -> None:
     Raises:
         ValueError: naming every key that is wrong, what it is, and what it may be.
     """
-    problems = _problems(run, "config") or _clashes(run)  # neighbours only once each is sound
+    problems = _problems(run, "config") or run.check()  # neighbours only once each is sound
     if problems:
         raise UserError("the config is not possible:\n  " + "\n  ".join(problems))
 
@@ -138,74 +138,6 @@ def _problems(node: Any, path: str) -> list[str]:
                 if field.name == "sparsity" and 1 < value < 100:
                     hint = f"; it is a fraction, so {value:g} % is {value / 100:g}"
                 found.append(f"{key} is {value!r}, expected {_spelled(field)}{hint}")
-    return found
-
-
-def _clashes(run: config.Run) -> list[str]:
-    """What is wrong between fields that are each possible alone."""
-    found = []
-    if run.prune and not (run.prune.text_encoder or run.prune.unet):
-        found.append("config.prune has no component; set config.prune.unet or .text_encoder")
-    if run.slice and run.materialise:
-        found.append(
-            "config.slice and config.materialise would both write the run's experts; set one to"
-            " none, or give them different workdirs"
-        )
-    texts = {"prune.text_encoder": run.prune.text_encoder} if run.prune else {}
-    for i, point in enumerate(run.sweep.points if run.sweep else ()):
-        texts[f"sweep.points[{i}].text_encoder"] = point.text_encoder
-    found += [
-        f"config.{key}.method is {part.method}, which is of the UNet alone: the text encoder has no"
-        " timesteps; use another of its methods"
-        for key, part in texts.items()
-        if part and part.method in ("obsdiff", "taylor")
-    ]
-    for i, point in enumerate(run.sweep.points if run.sweep else ()):
-        if not (point.text_encoder or point.unet):
-            found.append(
-                f"config.sweep.points[{i}] prunes no component; leave it out: dense is measured"
-                " without being asked for"
-            )
-    trainings = run.pretrain.trainings() if run.pretrain else {}
-    trainings = {f"pretrain.{name}": part for name, part in trainings.items()}
-    if run.finetune:
-        trainings["finetune.training"] = run.finetune.training
-    for name, part in trainings.items():
-        if part.warmup_steps >= (length := part.num_steps // part.cycles):
-            found.append(
-                f"config.{name} has warmup_steps={part.warmup_steps}, not fewer than the {length}"
-                " steps of a cycle"
-            )
-    if (section := run.router) and section.num_steps <= section.warmup_steps:
-        found.append(
-            f"config.router has num_steps={section.num_steps}, and codes learn only after"
-            f" warmup_steps={section.warmup_steps}"
-        )
-    if section and section.batch_size < section.num_codes:
-        found.append(
-            f"config.router has batch_size={section.batch_size}, fewer prompts than the"
-            f" {section.num_codes} codes that are to share them"
-        )
-    if not run.pretrain:
-        return found
-    if run.dtype != "float32":
-        found.append(
-            f"config.dtype is {run.dtype}, and pretrain computes in float32 alone; leave dtype out,"
-            " or pretrain in a run of its own"
-        )
-    clip, vae, unet = run.pretrain.clip, run.pretrain.vae, run.pretrain.unet
-    for name, part in (("vae", vae), ("unet", unet)):
-        if any(width % part.norm_num_groups for width in part.widths):
-            found.append(
-                f"config.pretrain.{name}.widths={part.widths} are not all multiples of"
-                f" norm_num_groups={part.norm_num_groups}"
-            )
-    if len(unet.heads) != len(unet.widths):
-        found.append(f"config.pretrain.unet.heads has not {len(unet.widths)} values, as widths has")
-    elif any(width % heads for width, heads in zip(unet.widths, unet.heads, strict=True)):
-        found.append(f"config.pretrain.unet.heads={unet.heads} do not divide widths={unet.widths}")
-    if clip.width % clip.heads:
-        found.append(f"config.pretrain.clip.heads={clip.heads} does not divide width={clip.width}")
     return found
 
 

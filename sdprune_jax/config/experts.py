@@ -22,6 +22,12 @@ class RouterData:
     # text; or a directory of sentence-transformers. Published: all-mpnet-base-v2.
     encoder: str = "text_encoder"
 
+    def tiny(self) -> "RouterData":
+        """Returns the section with few embedded pictures."""
+        return dataclasses.replace(
+            self, dataset="embedded", encoder="text_encoder", num_images=64, captions_per_image=1
+        )
+
 
 @dataclasses.dataclass
 class RouterLosses:
@@ -72,6 +78,27 @@ class Router:
     num_evals: int = within(5, 1, 10**6)  # of routing on unseen prompts, the last one at the end
     data: RouterData = dataclasses.field(default_factory=RouterData)
     losses: RouterLosses = dataclasses.field(default_factory=RouterLosses)
+
+    def check(self, key: str) -> list[str]:
+        """Returns what is wrong between fields; `key` is what messages call the section."""
+        problems = []
+        if self.num_steps <= self.warmup_steps:
+            problems.append(
+                f"{key} has num_steps={self.num_steps}, and codes learn only after"
+                f" warmup_steps={self.warmup_steps}"
+            )
+        if self.batch_size < self.num_codes:
+            problems.append(
+                f"{key} has batch_size={self.batch_size}, fewer prompts than the"
+                f" {self.num_codes} codes that are to share them"
+            )
+        return problems
+
+    def tiny(self) -> "Router":
+        """Returns the section shrunk to seconds of a CPU."""
+        small = {"num_codes": 2, "num_steps": 4, "warmup_steps": 2, "batch_size": 8}
+        small |= {"ramp_steps": 1, "log_every": 2, "save_every": 2, "num_evals": 1}
+        return dataclasses.replace(self, **small, learning_rate=1e-2, data=self.data.tiny())
 
 
 @dataclasses.dataclass
@@ -125,6 +152,10 @@ class Slice:
     data: RouterData = dataclasses.field(default_factory=RouterData)  # that it is trained on next
     save_dtype: str = of("float32", *DTYPES)
 
+    def tiny(self) -> "Slice":
+        """Returns the section shrunk to seconds of a CPU."""
+        return dataclasses.replace(self, data=self.data.tiny(), calibration=self.calibration.tiny())
+
 
 @dataclasses.dataclass
 class Finetune:
@@ -140,3 +171,14 @@ class Finetune:
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
     save_dtype: str = of("float32", *DTYPES)
     training: Training = dataclasses.field(default_factory=Training)  # of each expert
+
+    def check(self, key: str) -> list[str]:
+        """Returns what is wrong between fields; `key` is what messages call the section."""
+        return self.training.check(f"{key}.training")
+
+    def tiny(self) -> "Finetune":
+        """Returns the section shrunk to seconds of a CPU."""
+        small = {"num_steps": 2, "batch_size": 8, "warmup_steps": 1, "cycles": 1}
+        small |= {"log_every": 1, "save_every": 2, "num_evals": 1}
+        training = dataclasses.replace(self.training, **small, ema_decay=0.5)
+        return dataclasses.replace(self, training=training)

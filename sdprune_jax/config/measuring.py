@@ -24,6 +24,13 @@ class Generate:
     height: int | None = within(None, 8, 8192)  # pixels; None: the model's own
     width: int | None = within(None, 8, 8192)  # pixels
 
+    def tiny(self) -> "Generate":
+        """Returns the section shrunk to seconds of a CPU."""
+        own = {"height": None, "width": None}
+        return dataclasses.replace(
+            self, prompts="embedded", num_prompts=2, batch_size=2, num_steps=2, **own
+        )
+
 
 @dataclasses.dataclass
 class Evaluate:
@@ -38,6 +45,18 @@ class Evaluate:
     references: str = ""
     # Of the bootstrap; 0: no intervals. One of an FID takes a minute.
     num_resamples: int = within(200, 0, 10**5)
+
+    def tiny(self) -> "Evaluate":
+        """Returns the section shrunk to seconds of a CPU."""
+        resamples = min(self.num_resamples, 10)
+        return dataclasses.replace(
+            self,
+            protocol="embedded",
+            references="",
+            num_images=8,
+            batch_size=8,
+            num_resamples=resamples,
+        )
 
 
 @dataclasses.dataclass
@@ -68,6 +87,33 @@ class Sweep:
     cliff: Cliff | None = None
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     measure: Evaluate = dataclasses.field(default_factory=lambda: Evaluate(num_resamples=0))
+
+    def check(self, key: str) -> list[str]:
+        """Returns what is wrong between fields; `key` is what messages call the section."""
+        problems = []
+        for i, point in enumerate(self.points):
+            where = f"{key}.points[{i}]"
+            if point.text_encoder:
+                problems += point.text_encoder.check_texts(f"{where}.text_encoder")
+            if not (point.text_encoder or point.unet):
+                problems.append(
+                    f"{where} prunes no component; leave it out: dense is measured without being"
+                    " asked for"
+                )
+        return problems
+
+    def tiny(self) -> "Sweep":
+        """Returns three points, each shrunk to seconds of a CPU."""
+        points = self.points[:: -(-len(self.points) // 3) or 1]
+        return dataclasses.replace(
+            self,
+            points=points,
+            num_seeds=1,
+            num_steps=2,
+            cliff=None,
+            calibration=self.calibration.tiny(),
+            measure=self.measure.tiny(),
+        )
 
 
 @dataclasses.dataclass

@@ -69,3 +69,48 @@ class Pretrain:
         tuning = {"clip.tuning": self.clip.tuning} if self.clip.soup_strengths else {}
         parts = {"clip": self.clip, "vae": self.vae, "unet": self.unet}
         return {f"{name}.training": part.training for name, part in parts.items()} | tuning
+
+    def check(self, key: str) -> list[str]:
+        """Returns what is wrong between fields; `key` is what messages call the section."""
+        clip, vae, unet = self.clip, self.vae, self.unet
+        problems = []
+        for name, part in self.trainings().items():
+            problems += part.check(f"{key}.{name}")
+        for name, part in (("vae", vae), ("unet", unet)):
+            if any(width % part.norm_num_groups for width in part.widths):
+                problems.append(
+                    f"{key}.{name}.widths={part.widths} are not all multiples of"
+                    f" norm_num_groups={part.norm_num_groups}"
+                )
+        if len(unet.heads) != len(unet.widths):
+            problems.append(f"{key}.unet.heads has not {len(unet.widths)} values, as widths has")
+        elif any(width % heads for width, heads in zip(unet.widths, unet.heads, strict=True)):
+            problems.append(f"{key}.unet.heads={unet.heads} do not divide widths={unet.widths}")
+        if clip.width % clip.heads:
+            problems.append(f"{key}.clip.heads={clip.heads} does not divide width={clip.width}")
+        return problems
+
+    def tiny(self) -> "Pretrain":
+        """Returns the section shrunk to a minute of a CPU."""
+        small = {"num_steps": 4, "batch_size": 16, "warmup_steps": 1, "cycles": 1}
+        small |= {"log_every": 2, "save_every": 2, "num_evals": 1}
+        shrunk = lambda training: dataclasses.replace(training, **small)
+        clip = dataclasses.replace(
+            self.clip,
+            text_layers=2,
+            vision_layers=1,
+            width=32,
+            whole_from=2,
+            soup_strengths=self.clip.soup_strengths and self.clip.soup_strengths[:1],
+            training=shrunk(self.clip.training),
+            tuning=shrunk(self.clip.tuning),
+        )
+        vae = dataclasses.replace(self.vae, widths=(8, 8, 16), training=shrunk(self.vae.training))
+        unet = dataclasses.replace(
+            self.unet,
+            widths=(8, 16),
+            heads=(1, 2),
+            captions_per_image=1,
+            training=shrunk(self.unet.training),
+        )
+        return dataclasses.replace(self, num_images=64, clip=clip, vae=vae, unet=unet)

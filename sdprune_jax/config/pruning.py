@@ -55,6 +55,15 @@ class PruneComponent:
     # scores are compared with is as in `group`, layer or output.
     band: tuple[float, float] | None = within(None, 0.0, 1.0)
 
+    def check_texts(self, key: str) -> list[str]:
+        """Returns what is wrong if this is the section of a text encoder."""
+        if self.method not in ("obsdiff", "taylor"):
+            return []
+        return [
+            f"{key}.method is {self.method}, which is of the UNet alone: the text encoder has no"
+            " timesteps; use another of its methods"
+        ]
+
 
 @dataclasses.dataclass
 class Gradients:
@@ -87,6 +96,17 @@ class Calibration:
     max_gigabytes: float = within(8.0, 1e-3, 1e6)
     gradients: Gradients = dataclasses.field(default_factory=Gradients)
 
+    def tiny(self) -> "Calibration":
+        """Returns the section shrunk to seconds of a CPU."""
+        return dataclasses.replace(
+            self,
+            prompts="embedded",
+            num_prompts=8,
+            batch_size=8,
+            num_steps=2,
+            gradients=Gradients(num_images=8, batch_size=8, num_timesteps=2),
+        )
+
 
 @dataclasses.dataclass
 class Prune:
@@ -96,3 +116,14 @@ class Prune:
     unet: PruneComponent | None = None
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     save_dtype: str = of("float32", *DTYPES)  # of what is written
+
+    def check(self, key: str) -> list[str]:
+        """Returns what is wrong between fields; `key` is what messages call the section."""
+        if not (self.text_encoder or self.unet):
+            return [f"{key} has no component; set {key}.unet or .text_encoder"]
+        texts = self.text_encoder
+        return texts.check_texts(f"{key}.text_encoder") if texts else []
+
+    def tiny(self) -> "Prune":
+        """Returns the section shrunk to seconds of a CPU."""
+        return dataclasses.replace(self, calibration=self.calibration.tiny())

@@ -20,3 +20,12 @@ class Training:
     log_every: int = within(50, 1, 10**9)  # steps
     save_every: int = within(500, 1, 10**9)  # steps
     num_evals: int = within(8, 0, 10**6)  # of the averaged parameters, the last at the end; 0: none
+
+    def check(self, key: str) -> list[str]:
+        """Returns what is wrong between fields; `key` is what messages call the section."""
+        if self.warmup_steps < (length := self.num_steps // self.cycles):
+            return []
+        return [
+            f"{key} has warmup_steps={self.warmup_steps}, not fewer than the {length} steps of a"
+            " cycle"
+        ]
