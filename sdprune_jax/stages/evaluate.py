@@ -51,23 +51,10 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         section.num_images or protocol.num_images,
         needs.has_pictures(measurement, protocol),
     )
-    num_images = len(asked.prompts)  # rows that were skipped are missing
     perceptual = networks.load_lpips(section.networks, dense, size)
     output = artefacts.output_of("evaluate", work)
     states = routed.states(directories, work, run.variant)
-    made_from = {
-        "section": dataclasses.asdict(section),
-        "protocol": dataclasses.asdict(protocol),
-        "seed": run.seed,
-        "dtype": run.dtype,
-        "variant": run.variant,
-        "model": states["dense"][0],
-        "models": states,
-        "data": asked.state,
-        "prompts": list(asked.prompts),
-        "networks": needs.states(measurement, protocol),
-        "lpips": perceptual.weights if perceptual else None,
-    }
+    made_from = _inputs(run, protocol, measurement, asked, states, perceptual)
     if artefacts.is_complete(output, made_from):
         return output.record
 
@@ -81,35 +68,64 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     figures = measuring.measure(
         measurement, mesh, protocol, loaded, folders, asked, output.directory / "cache"
     )
-    for name, folder in folders.items():
-        if name != "dense":
-            pair = (folder, folders["dense"], num_images)
-            figures[name] |= scores.to_dense(*pair, section.num_resamples)
-            if perceptual:
-                figures[name] |= scores.lpips_to_dense(
-                    *pair, perceptual, mesh, num_resamples=section.num_resamples
-                )
+    for name in folders.keys() - {"dense"}:
+        pair = (folders[name], folders["dense"], len(asked.prompts))
+        figures[name] |= scores.to_dense(*pair, section.num_resamples)
+        if perceptual:
+            figures[name] |= scores.lpips_to_dense(
+                *pair, perceptual, mesh, num_resamples=section.num_resamples
+            )
     of_each: dict[str, Any] = {
         f"{name}/{key}": x
-        for name, found in figures.items()
-        for key, x in scores.take_values(found).items()
+        for name, of_model in figures.items()
+        for key, x in scores.take_values(of_model).items()
     }
-    values = {
-        "dense": cache.fingerprint(states["dense"][0]),
-        "protocol": dataclasses.asdict(protocol)
-        | {"evaluated": num_images, "references": asked.num_references}
-        | {"height": size[0], "width": size[1], "seed": run.seed, "dtype": run.dtype},
-        "weights": {name: network.weights for name, network in loaded.items()}
-        | ({"lpips": perceptual.weights} if perceptual else {}),
-        "models": {
-            name: drawn.said() | {"figures": figures[name]} for name, drawn in models.items()
-        },
-    }
+    used = loaded | ({"lpips": perceptual} if perceptual else {})
     with artefacts.writing(output, made_from) as partial:
-        partial.record = values
+        partial.record = {
+            "dense": cache.fingerprint(states["dense"][0]),
+            "protocol": _protocol(run, protocol, asked, size),
+            "weights": {name: network.weights for name, network in used.items()},
+            "models": {
+                name: drawn.said() | {"figures": figures[name]} for name, drawn in models.items()
+            },
+        }
         if jax.process_index() == 0:
             np.savez(partial.directory / VALUES, **of_each)
     return output.record
+
+
+def _protocol(
+    run: config.Run, protocol: Protocol, asked: task.Task, size: tuple[int, int]
+) -> dict[str, Any]:
+    """Returns how the figures came about, for the record."""
+    counts = {"evaluated": len(asked.prompts), "references": asked.num_references}
+    made = {"height": size[0], "width": size[1], "seed": run.seed, "dtype": run.dtype}
+    return dataclasses.asdict(protocol) | counts | made
+
+
+def _inputs(
+    run: config.Run,
+    protocol: Protocol,
+    measurement: Measurement,
+    asked: task.Task,
+    states: Mapping[str, list[Any]],
+    perceptual: networks.Network | None,
+) -> dict[str, Any]:
+    """Returns all that the figures depend on."""
+    return {
+        "section": dataclasses.asdict(measurement),
+        "protocol": dataclasses.asdict(protocol),
+        "seed": run.seed,
+        "dtype": run.dtype,
+        "variant": run.variant,
+        "model": states["dense"][0],
+        "models": states,
+        "data": asked.state,
+        "prompts": list(asked.prompts),
+        "networks": needs.states(measurement, protocol),
+        "lpips": perceptual.weights if perceptual else None,
+    }
 
 
 def _key(

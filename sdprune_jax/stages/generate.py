@@ -55,48 +55,71 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     }
     if artefacts.is_complete(output, made_from):
         return output.directory
+    models = routed.models(directories, work, dense, prompts, mesh)
     images, results = {}, {}
-    for name, drawn in routed.models(directories, work, dense, prompts, mesh).items():
+    for name, drawn in models.items():
         variant = run.variant if name == "dense" else ""
-        pictures: dict[int, np.ndarray] = {}
-        seconds: collections.Counter[str] = collections.Counter()
-        for directory, index in drawn.parts():
-            model = model_directory.open_model(directory)
-            sample = pipeline.make_sample(
-                model,
-                mesh,
-                sampler=section.sampler,
-                num_steps=section.num_steps,
-                guided=section.guidance_scale > 1,
-                dtype=jnp.dtype(run.dtype),
-            )
-            found, times = _generate(
-                model,
-                sample,
-                prompts,
-                index,
-                section,
-                run.seed,
-                (height, width),
-                mesh,
-                variant,
-            )
-            pictures |= zip(index, found, strict=True)
-            seconds.update(times)
-        images[name] = np.stack([pictures[i] for i in range(len(prompts))])
+        images[name], seconds = _draw(run, drawn, prompts, (height, width), mesh, variant)
         files = [f"{name}/{i:04d}.png" for i in range(len(prompts))]
         results[name] = drawn.said() | {"files": files} | _timing(seconds)
         if len(drawn.directories) > 1:
             results[name]["expert"] = drawn.expert.tolist()
         results[name] |= _scores(directories["dense"][0], images[name], concept, style)
-    for name in images:
-        if name != "dense":
-            pairs = (images[kind] / np.float32(127.5) - 1 for kind in (name, "dense"))
-            results[name]["psnr_to_dense"] = paired.psnr(*pairs).tolist()
-
+    for name in images.keys() - {"dense"}:
+        pairs = (images[kind] / np.float32(127.5) - 1 for kind in (name, "dense"))
+        results[name]["psnr_to_dense"] = paired.psnr(*pairs).tolist()
     chance = {f"clip_embedded_r_at_{k}": k / len(emoji.concepts()) for k in (1, 10)}
-    protocol = {
-        "prompts": section.prompts + (f":{section.split}" if concept is not None else ""),
+    with artefacts.writing(output, made_from) as partial:
+        partial.record = {
+            "protocol": _protocol(run, dense, concept is not None, height, width),
+            "prompts": prompts,
+            "models": results,
+            "chance": chance if concept is not None else {},
+        }
+        if jax.process_index() == 0:
+            _write(partial.directory, images, results)
+    return output.directory
+
+
+def _draw(
+    run: config.Run,
+    drawn: routed.Drawn,
+    prompts: list[str],
+    size: tuple[int, int],
+    mesh: Mesh,
+    variant: str,
+) -> tuple[UInt8[np.ndarray, "n h w 3"], collections.Counter[str]]:
+    """Returns the pictures of a model, or of its experts, and what they took in seconds."""
+    section = run.generate
+    assert section is not None
+    pictures: dict[int, np.ndarray] = {}
+    seconds: collections.Counter[str] = collections.Counter()
+    for directory, index in drawn.parts():
+        model = model_directory.open_model(directory)
+        sample = pipeline.make_sample(
+            model,
+            mesh,
+            sampler=section.sampler,
+            num_steps=section.num_steps,
+            guided=section.guidance_scale > 1,
+            dtype=jnp.dtype(run.dtype),
+        )
+        images, times = _generate(
+            model, sample, prompts, index, section, run.seed, size, mesh, variant
+        )
+        pictures |= zip(index, images, strict=True)
+        seconds.update(times)
+    return np.stack([pictures[i] for i in range(len(prompts))]), seconds
+
+
+def _protocol(
+    run: config.Run, dense: model_directory.ModelConfig, is_embedded: bool, height: int, width: int
+) -> dict[str, Any]:
+    """Returns how the pictures are made, for the record."""
+    section = run.generate
+    assert section is not None
+    return {
+        "prompts": section.prompts + (f":{section.split}" if is_embedded else ""),
         "sampler": section.sampler or dense.schedule.class_name,
         "num_steps": section.num_steps,
         "guidance_scale": section.guidance_scale,
@@ -106,13 +129,6 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         "seed": run.seed,
         "dtype": run.dtype,
     }
-    values: dict[str, Any] = {"protocol": protocol, "prompts": prompts, "models": results}
-    values["chance"] = chance if concept is not None else {}
-    with artefacts.writing(output, made_from) as partial:
-        partial.record = values
-        if jax.process_index() == 0:
-            _write(partial.directory, images, results)
-    return output.directory
 
 
 def _write(

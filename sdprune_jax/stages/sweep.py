@@ -55,18 +55,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         section.measure.num_images or protocol.num_images,
         needs.has_pictures(measurement, protocol),
     )
-    made_from = {
-        "measure": dataclasses.asdict(section.measure),
-        "calibration": dataclasses.asdict(section.calibration),
-        "protocol": dataclasses.asdict(protocol),
-        "calibration prompts": captions.state(section.calibration.prompts),
-        "dtype": run.dtype,
-        "variant": run.variant,
-        "model": artefacts.model_state(model.directory, run.variant),
-        "data": asked.state,
-        "prompts": list(asked.prompts),
-        "networks": needs.states(measurement, protocol),
-    }
+    made_from = _inputs(run, model, protocol, measurement, asked)
     output = artefacts.output_of("sweep", work)
     names = [metric.name for metric in protocol.metrics if metric.kind == "clip_score"]
     values: dict[str, Any] = {
@@ -124,6 +113,30 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             values["cliffs"] = found
             table.write()
     return output.record
+
+
+def _inputs(
+    run: config.Run,
+    model: model_directory.ModelConfig,
+    protocol: Protocol,
+    measurement: Measurement,
+    asked: task.Task,
+) -> dict[str, Any]:
+    """Returns all that every row depends on, beside its point and seed."""
+    section = run.sweep
+    assert section is not None
+    return {
+        "measure": dataclasses.asdict(measurement),
+        "calibration": dataclasses.asdict(section.calibration),
+        "protocol": dataclasses.asdict(protocol),
+        "calibration prompts": captions.state(section.calibration.prompts),
+        "dtype": run.dtype,
+        "variant": run.variant,
+        "model": artefacts.model_state(model.directory, run.variant),
+        "data": asked.state,
+        "prompts": list(asked.prompts),
+        "networks": needs.states(measurement, protocol),
+    }
 
 
 def points_of(section: config.Sweep) -> list[points.Point]:
