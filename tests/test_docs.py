@@ -1,8 +1,13 @@
 """The documents: what they link to and name exists, and the Python in them runs."""
 
 import dataclasses
+import importlib.util
+import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -21,6 +26,8 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 RUN = [page for page in PAGES if page.parent.name == "docs" or page.name == "README.md"]
+
+NOTEBOOK = ROOT / "notebooks" / "prune.ipynb"
 
 _FOLDERS = "configs|docs|notebooks|sdprune_jax|tests|tools"
 _PLACEHOLDER = re.compile(r"\b(NAME|TASK|METHOD)\b")
@@ -106,3 +113,40 @@ def test_every_config_and_command_is_in_the_documents():
 def test_python_is_python(page):
     for block in _blocks(page):
         compile(block, _name(page), "exec")
+
+
+def test_python_runs(tmp_path):
+    """As a reader runs it: on one device, in a process that checks no types."""
+    documents = {_name(page): blocks for page in RUN if (blocks := _blocks(page))}
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert all(not cell.get("outputs") for cell in cells), "keep the notebook without outputs"
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    documents[NOTEBOOK.name] = ["".join(cell["source"]) for cell in code]
+    if not all(map(importlib.util.find_spec, ("torch", "diffusers"))):
+        for blocks in documents.values():
+            blocks[:] = [block for block in blocks if "import torch" not in block]
+    command = [sys.executable, "-W", "ignore", "-c", _READER, json.dumps(documents)]
+    path = {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+# One process for all, since each would trace and import anew. Every page starts in a directory that
+# has what the quickstart writes.
+_READER = """
+import json, os, sys
+import sdprune_jax as sp
+
+methods = {"unet": sp.Magnitude(0.35), "text_encoder": sp.Magnitude(0.475)}
+pruned = sp.prune(sp.load("embedded"), **methods)
+for page, blocks in json.loads(sys.argv[1]).items():
+    folder = page.replace("/", "-")
+    sp.save(pruned, f"{folder}/runs/quickstart/pruned", dtype="float16")
+    os.chdir(folder)
+    names = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    os.chdir("..")
+"""
