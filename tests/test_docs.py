@@ -13,7 +13,7 @@ import typing
 import pytest
 from absl import flags
 
-from sdprune_jax import config
+from sdprune_jax import config, main
 from sdprune_jax.commands.__main__ import COMMANDS
 from sdprune_jax.config import command_line
 
@@ -109,10 +109,17 @@ def test_every_config_and_command_is_in_the_documents():
     assert not missing
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in RUN], ids=_name)
-def test_python_is_python(page):
-    for block in _blocks(page):
-        compile(block, _name(page), "exec")
+def test_stage_of_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for name, source in re.findall(
+        r"`(\w+\.py)`[^`]*:\n\n```python\n(.*?)^```$", text, re.M | re.S
+    ):
+        (tmp_path / name).write_text(source)
+    run = command_line.parse(["main", "--config=count.py"], flags.FlagValues()).run
+    (record,) = main.run_stages(run)
+    assert json.loads(record.read_text())["parameters"] == 5_659_044
 
 
 def test_python_runs(tmp_path):
