@@ -25,8 +25,8 @@ def test_it_loses_less_than_sparsegpt():
     for seed in range(10):
         kernel, stats = _random_layer(seed)
         num_removed = round(0.7 * kernel.size)
-        ours = alps.unstructured(kernel, stats, num_removed)
-        theirs = obs.unstructured(kernel, obs.factorise(stats), num_removed, block_size=8)
+        ours = alps.remove(kernel, stats, num_removed)
+        theirs = obs.remove(kernel, obs.factorise(stats), num_removed, block_size=8)
         assert np.count_nonzero(~ours.keep) == np.count_nonzero(ours.kernel == 0) == num_removed
         assert ours.method == "alps"
         ratios.append(float(ours.loss / theirs.loss))
@@ -36,7 +36,7 @@ def test_it_loses_less_than_sparsegpt():
 
 def test_what_is_kept_solves_least_squares():
     kernel, stats = _random_layer(11)
-    got = alps.unstructured(kernel, stats, kernel.size // 2)
+    got = alps.remove(kernel, stats, kernel.size // 2)
     w = np.asarray(kernel, np.float64)
     hessian = 2 * np.asarray(stats.moment, np.float64) / float(stats.weight)
     hessian += 0.01 * np.mean(np.diag(hessian)) * np.eye(len(w))
@@ -51,9 +51,9 @@ def test_what_is_kept_solves_least_squares():
 
 def test_runs_of_inputs_lose_their_number():
     kernel, stats = _random_layer(12)
-    got = alps.n_of_m(kernel, stats, 3, 4)
+    got = alps.remove(kernel, stats, 3, 4)
     np.testing.assert_array_equal((~got.keep).reshape(8, 4, 24).sum(axis=1), 3)
-    theirs = obs.n_of_m(kernel, obs.factorise(stats), 3, 4, block_size=8)
+    theirs = obs.remove(kernel, obs.factorise(stats), 3, 4, block_size=8)
     assert got.loss < theirs.loss
 
 
@@ -62,7 +62,7 @@ def test_a_choice_that_needs_no_search_is_kept():
     size = np.exp(rng.normal(size=32))
     stats = LayerStats(jnp.diag(jnp.asarray(size**2, jnp.float32)), jnp.float32(1))
     kernel, _ = _random_layer(13)
-    got = alps.unstructured(kernel, stats, 300)  # inputs are independent: nothing compensates
+    got = alps.remove(kernel, stats, 300)  # inputs are independent: nothing compensates
     root = np.sqrt(size**2 + 0.01 * np.mean(size**2))[:, None]
     score = np.abs(np.asarray(kernel)) * root
     keep = score >= np.sort(score, axis=None)[300]
@@ -73,15 +73,15 @@ def test_a_choice_that_needs_no_search_is_kept():
 def test_what_cannot_be_asked_is_refused():
     kernel, stats = _random_layer(0)
     with pytest.raises(ValueError, match="remove 768 of 768"):
-        alps.unstructured(kernel, stats, 768)
+        alps.remove(kernel, stats, 768)
     with pytest.raises(ValueError, match="pattern 1:5 does not fit 32 inputs"):
-        alps.n_of_m(kernel, stats, 1, 5)
+        alps.remove(kernel, stats, 1, 5)
 
 
 def test_half_of_the_weights_removed_twice_is_half_of_them():
     kernel, stats = _random_layer(0)
-    once = alps.unstructured(kernel, stats, kernel.size // 2)
-    again = alps.unstructured(once.kernel, stats, kernel.size // 2)  # no start moves
+    once = alps.remove(kernel, stats, kernel.size // 2)
+    again = alps.remove(once.kernel, stats, kernel.size // 2)  # no start moves
     np.testing.assert_array_equal(again.keep, once.keep)
     np.testing.assert_allclose(again.kernel, once.kernel, rtol=1e-3, atol=1e-4)
 
@@ -89,7 +89,7 @@ def test_half_of_the_weights_removed_twice_is_half_of_them():
 def test_dead_inputs_leave_the_others_finite():
     kernel, stats = _random_layer(1)
     gram = stats.moment.at[:8].set(0).at[:, :8].set(0)
-    got = alps.unstructured(kernel, LayerStats(gram, stats.weight), 8 * 24 + 1)
+    got = alps.remove(kernel, LayerStats(gram, stats.weight), 8 * 24 + 1)
     assert np.isfinite(got.kernel).all()
     assert not got.keep[:8].any()
     assert np.count_nonzero(~got.keep) == 8 * 24 + 1
@@ -102,7 +102,7 @@ def test_without_a_positive_gram_matrix_more_is_damped_or_magnitude_decides(eige
     values = np.r_[eigenvalue, np.ones(31)]
     gram = jnp.asarray(vectors * values @ vectors.T, jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(32, 24)), jnp.float32)
-    got = alps.unstructured(kernel, LayerStats(gram, jnp.float32(2)), 384)
+    got = alps.remove(kernel, LayerStats(gram, jnp.float32(2)), 384)
     assert np.count_nonzero(~got.keep) == 384
     assert got.damping == damping
     if eigenvalue > -1:

@@ -57,7 +57,7 @@ def test_sd2_needs_the_memory_that_is_planned_for():
     shapes = unet.param_shapes(unet.UNetConfig())
     sizes = {path: leaf.shape for path, leaf in convert.flatten(shapes).items()}
     total = lambda paths: sum(
-        inputs.num_bytes(sizes[group[0]], "gram") for group in inputs.groups(paths).values()
+        4 * math.prod(sizes[group[0]][:-1]) ** 2 for group in inputs.groups(paths).values()
     )
     linear = sites.prunable(shapes, "unet", "linear")
     convolutions = [path for path in sites.prunable(shapes, "unet", "all") if path not in linear]

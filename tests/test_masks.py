@@ -89,18 +89,19 @@ def test_the_published_threshold_rule_removes_the_tie_too():
 
 
 def test_each_output_of_the_golden_matrix_loses_half():
-    assert digits(masks.lowest_per_output(jnp.abs(W), 4)) == W_REMOVED
+    assert digits(masks.lowest_of_rows(W, 4)) == W_REMOVED
 
 
-@pytest.mark.parametrize("spec", [("fsdp",), (None, "fsdp"), ("data", "fsdp"), ()])
-@pytest.mark.parametrize("shape", [(16, 24), (8, 8, 3, 3)])
-def test_each_output_loses_its_lowest_whatever_the_sharding(shape, spec):
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+@pytest.mark.parametrize("shape", [(16, 24), (8, 72)])
+def test_each_row_loses_its_lowest(shape):
     tensor = np.round(np.random.default_rng(0).standard_normal(shape) * 8).astype(np.float32)
-    sharded = jax.device_put(tensor, NamedSharding(mesh, PartitionSpec(*spec)))
-    for k in (0, 7, tensor[0].size - 1):
+    for k in (0, 7, shape[1] - 1):
         expected = np.stack([_stable_lowest(row, k) for row in tensor])
-        np.testing.assert_array_equal(masks.lowest_per_output(sharded, k), expected)
+        np.testing.assert_array_equal(masks.lowest_of_rows(tensor, k), expected)
+
+
+def _lowest(tensor, k):
+    return masks.lowest_of_rows(tensor.reshape(1, -1), k).reshape(tensor.shape)
 
 
 def test_the_published_threshold_rule_removes_nothing_at_zero():
@@ -108,15 +109,13 @@ def test_the_published_threshold_rule_removes_nothing_at_zero():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
-def test_every_tensor_of_a_batch_loses_exactly_its_lowest(dtype):
+def test_every_tensor_of_the_host_loses_exactly_its_lowest(dtype):
     tensors = _awkward_tensors(dtype)
     for fraction in (0.0, 0.35, 0.5, 1.0):
-        num_removed = {name: int((t.size - 1) * fraction) for name, t in tensors.items()}
-        selected = dict(masks.lowest_of_each(tensors, num_removed))
-        assert list(selected) == list(tensors)
         for name, tensor in tensors.items():
-            expected = _stable_lowest(tensor, num_removed[name])
-            np.testing.assert_array_equal(selected[name], expected, err_msg=name)
+            k = int((tensor.size - 1) * fraction)
+            expected = _stable_lowest(tensor, k)
+            np.testing.assert_array_equal(_lowest(tensor, k), expected, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -162,32 +161,6 @@ def test_equal_scores_go_by_index_on_any_number_of_devices(num_devices):
         sharded = jax.device_put(tensor, NamedSharding(mesh, PartitionSpec("fsdp")))
         for k in (1, 241, 479):  # an odd number parts a weight from its negative
             np.testing.assert_array_equal(masks.lowest(sharded, k), _stable_lowest(tensor, k))
-        per_row = np.stack([_stable_lowest(row, 7) for row in tensor])
-        np.testing.assert_array_equal(masks.lowest_per_output(sharded, 7), per_row)
-
-
-def test_another_shape_or_number_does_not_compile_a_batch_again():
-    rng = np.random.default_rng(0)
-    tensor = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    list(masks.lowest_of_each({"a": tensor(3, 5)}, {"a": 4}))
-    compiled = masks._lowest_of_groups._cache_size()
-    shapes = [(7, 9), (100, 333), (3, 3, 16, 8), (1,), (9000,)]
-    for k in (0, 1):
-        tensors = {str(shape): tensor(*shape) for shape in shapes}
-        list(masks.lowest_of_each(tensors, {name: k * (t.size > 1) for name, t in tensors.items()}))
-    assert masks._lowest_of_groups._cache_size() == compiled
-
-
-def test_tensors_over_several_batches_are_all_selected(monkeypatch):
-    monkeypatch.setattr(masks, "_SMALL", 4 * 8192)
-    rng = np.random.default_rng(0)
-    shapes = [(9000, 1), (5, 5), (100, 200), (200, 300), (250, 200), (8192, 4), (60, 2)]
-    tensors = {str(s): rng.standard_normal(s).astype(np.float32) for s in shapes}
-    num_removed = {name: t.size // 2 for name, t in tensors.items()}
-    selected = dict(masks.lowest_of_each(tensors, num_removed))
-    assert selected.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(selected[name], _stable_lowest(tensor, num_removed[name]))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
@@ -206,28 +179,33 @@ def test_a_sparsity_of_zero_or_below_one_weight_leaves_every_bit():
     tensors = _awkward_tensors(np.float32)
     zeroed = {name: t.copy() for name, t in tensors.items()}
     for sparsity in (0.0, 1e-6):  # the floor is zero, and zero weights are not all weights
-        num_removed = {name: masks.num_removed(t.size, sparsity) for name, t in tensors.items()}
-        for name, keep in masks.lowest_of_each(zeroed, num_removed):
+        for name, tensor in tensors.items():
+            keep = _lowest(tensor, masks.num_removed(tensor.size, sparsity))
             masks.zero(zeroed[name], keep)
-            assert zeroed[name].tobytes() == tensors[name].tobytes()
-        assert np.all(masks.lowest_per_output(jnp.asarray(abs(W)), 0))
+            assert zeroed[name].tobytes() == tensor.tobytes()
 
 
 def test_pruning_what_is_pruned_already_changes_nothing():
-    tensors = {"a": _awkward_tensors(np.float32)["matrix"]}
+    tensor = _awkward_tensors(np.float32)["matrix"]
     before = None
     for k in (1500, 1500, 700):  # a lower number revives nothing
-        ((_, keep),) = masks.lowest_of_each(tensors, {"a": k})
-        masks.zero(tensors["a"], keep)
-        assert np.count_nonzero(tensors["a"] == 0) == 1500
-        before = tensors["a"].copy() if before is None else before
-        np.testing.assert_array_equal(tensors["a"], before)
+        masks.zero(tensor, _lowest(tensor, k))
+        assert np.count_nonzero(tensor == 0) == 1500
+        before = tensor.copy() if before is None else before
+        np.testing.assert_array_equal(tensor, before)
 
 
-def test_everything_wrong_with_a_request_is_said_at_once():
-    tensors = {"a": np.ones(4, np.float32), "b": np.ones(4, np.float64), "c": np.ones(4, np.int8)}
-    with pytest.raises(ValueError, match=r"(?s)a: cannot remove 4 of 4.*b is float64.*c is int8"):
-        list(masks.lowest_of_each(tensors, {"a": 4, "b": 1, "c": 1}))
+@pytest.mark.parametrize(
+    ("dtype", "k", "message"),
+    [
+        (np.float32, 4, "cannot remove 4 of 4"),
+        (np.float64, 1, "are float64"),
+        (np.int8, 1, "are int8"),
+    ],
+)
+def test_what_cannot_be_selected_is_refused(dtype, k, message):
+    with pytest.raises(ValueError, match=message):
+        masks.lowest_of_rows(np.ones((2, 4), dtype), k)
 
 
 def test_a_read_only_tensor_is_refused():

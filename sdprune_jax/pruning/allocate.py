@@ -1,4 +1,4 @@
-"""How many weights each layer gives up, from the sparsity asked of all."""
+"""How many weights each layer loses, from the sparsity of all together."""
 
 import bisect
 import difflib
@@ -42,11 +42,11 @@ def counts(sizes: Mapping[str, int], sparsities: Mapping[str, Sparsity]) -> dict
     Rounded cumulatively: each layer is within one weight of its share, and no layer's rounding
     adds up.
     """
-    removed, wanted, done = {}, Fraction(0), 0
+    removed, exact, done = {}, Fraction(0), 0
     for name, size in sizes.items():
         num_removed(size, sparsities[name])  # which refuses what is no sparsity
-        wanted += size * Fraction(str(sparsities[name]))  # the decimal as written
-        removed[name] = math.floor(wanted) - done
+        exact += size * Fraction(str(sparsities[name]))  # the decimal as written
+        removed[name] = math.floor(exact) - done
         done += removed[name]
     return removed
 
@@ -64,13 +64,13 @@ def owl(
     one size: pass sizes of 1 for it.
 
     Args:
-        outlier_ratios: of every group, by `outlier_ratio`.
-        sizes: weights of every group.
-        sparsity: of all groups together.
-        lam: half the range of the sparsities, in [0, 0.5).
+        outlier_ratios: by group, what `outlier_ratio` gives.
+        sizes: by group, the number of weights.
+        sparsity: fraction that all groups together lose.
+        lam: half the range of the groups' sparsities, in [0, 0.5).
 
     Returns:
-        Sparsity of every group, exact, for `counts`.
+        The exact sparsity of every group, for `counts`.
 
     Raises:
         ValueError: if `sparsity` or `lam` is out of range, or a ratio is not finite.
@@ -133,11 +133,11 @@ def blocks(names: Iterable[str]) -> dict[str, list[str]]:
     A layer of none of them is its own group. Ramesh and Zhao allocate to the layers of the text
     encoder in this way: their six matrices share one sparsity.
     """
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
         block = _BLOCK.match(name)
-        found.setdefault(block[0] if block else name, []).append(name)
-    return found
+        groups.setdefault(block[0] if block else name, []).append(name)
+    return groups
 
 
 def matched(rules: Iterable[tuple[str, float]], names: Collection[str]) -> dict[str, float]:
@@ -146,13 +146,13 @@ def matched(rules: Iterable[tuple[str, float]], names: Collection[str]) -> dict[
     Args:
         rules: shell patterns, as in `*.attn2.to_k`, and sparsities: `*` stands for anything, dots
             too. Where several match a layer, the first one counts.
-        names: of the layers in scope, as in torch and without `.weight`.
+        names: PyTorch names of the layers in scope, without `.weight`.
 
     Raises:
         ValueError: naming all patterns that match nothing, with what is close to them, those that
             come too late to count, and all sparsities out of range.
     """
-    found: dict[str, float] = {}
+    sparsities: dict[str, float] = {}
     problems = []
     for pattern, sparsity in rules:
         try:
@@ -163,12 +163,12 @@ def matched(rules: Iterable[tuple[str, float]], names: Collection[str]) -> dict[
         if not matches:
             close = ", ".join(_close(pattern, names)) or "nothing is close to it"
             problems.append(f"{pattern} matches none of the {len(names)} layers in scope: {close}")
-        elif found.keys() >= set(matches):
+        elif sparsities.keys() >= set(matches):
             problems.append(f"{pattern} matches only what others before it do: put it first")
-        found = dict.fromkeys(matches, sparsity) | found
+        sparsities = dict.fromkeys(matches, sparsity) | sparsities
     if problems:
         raise UserError("sparsities by pattern cannot be used:\n  " + "\n  ".join(problems))
-    return found
+    return sparsities
 
 
 def remaining(
@@ -177,9 +177,9 @@ def remaining(
     """The sparsity of the other layers, so that all lose `sparsity` together.
 
     Args:
-        sizes: weights of all layers.
-        sparsity: of all of them together.
-        fixed: of the layers that have one of their own; each is rounded down.
+        sizes: by layer, the number of weights.
+        sparsity: fraction that all layers together lose.
+        fixed: sparsity of each layer that has its own; what it removes is rounded down.
 
     Raises:
         ValueError: if the other layers cannot make up for it, with the range that they can reach.
@@ -200,9 +200,8 @@ def remaining(
 
 
 def _close(pattern: str, names: Collection[str]) -> list[str]:
-    """What a pattern may have meant: for each word that no name holds, words which some do."""
-    words = sorted({word for name in names for word in name.split(".")})
-    written = [word for word in re.split(r"[.*?]+", pattern) if word]
-    unknown = [word for word in written if word not in words]
-    close = [c for word in unknown for c in difflib.get_close_matches(word, words)]
+    """What a pattern may have meant: for each part that no name holds, parts which some do."""
+    known = sorted({part for name in names for part in name.split(".")})
+    unknown = [part for part in re.split(r"[.*?]+", pattern) if part and part not in known]
+    close = [c for part in unknown for c in difflib.get_close_matches(part, known)]
     return [f"did you mean {' or '.join(close)}?"] if close else []

@@ -6,127 +6,111 @@ products of the kernel with a square matrix, and pays from about 60 % sparsity.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sdprune_jax import UserError
 from sdprune_jax.scoring import masks, obs
 from sdprune_jax.scoring.obs import Solution
 from sdprune_jax.scoring.recorder import LayerStats
 
 _PENALTY = 0.1  # at first, relative to a unit diagonal
-_LEAST_PENALTY = 1e-6  # of a new start
+_LEAST_PENALTY = 1e-6  # below which no new start is made
 _EVERY = 3  # iterations between changes of the penalty
 _MAX_ITERATIONS = 300
 _REFINEMENTS = 10  # steps of conjugate gradients in the end
 
 
-def unstructured(
+def remove(
     kernel: Float[Array, "n_in n_out"],
     stats: LayerStats,
     num_removed: int,
+    m: int | None = None,
+    *,
     damping: float = 0.01,
 ) -> Solution:
-    """Removes weights anywhere, and fits the others. What is zero stays so, and is removed first.
+    """Removes weights, and fits the others. What is zero stays so, and is removed first.
 
     Args:
-        kernel: of the layer; that of a convolution reshaped to two axes.
-        stats: with a Gram matrix.
-        num_removed: weights, in [0, size).
-        damping: fraction of the mean diagonal added to the diagonal; more as `obs.factorise` says.
+        kernel: weights of the layer.
+        stats: their moment is a Gram matrix.
+        num_removed: how many of all weights, in [0, size), or of every run of `m`, in (0, m).
+        m: consecutive inputs of an output that make a run; None removes weights anywhere.
+        damping: fraction of the mean diagonal to add at first, as in `obs.factorise`.
 
     Returns:
-        A solution; its loss is in the units of `obs`. By magnitude, as there, if the Gram matrix is
-        not positive even with damping 1.
+        A solution, by magnitude if the Gram matrix is not positive even with damping 1.
 
     Raises:
-        ValueError: if `num_removed` is out of range.
+        ValueError: if `num_removed` is out of range, or `m` does not divide the inputs.
 
     Source: ALPS, NeurIPS 2024, algorithms 1 and 2 (https://arxiv.org/abs/2406.07831).
     """
-    if not 0 <= num_removed < kernel.size:
-        raise UserError(f"cannot remove {num_removed} of {kernel.size}, expected [0, size)")
-    return _solved(kernel, stats, num_removed, None, damping)
-
-
-def n_of_m(
-    kernel: Float[Array, "n_in n_out"], stats: LayerStats, n: int, m: int, damping: float = 0.01
-) -> Solution:
-    """Removes `n` of every `m` consecutive inputs of every output; otherwise as `unstructured`.
-
-    Raises:
-        ValueError: if `m` does not divide the inputs, or `n` is not in [1, m).
-    """
-    if not 0 < n < m or kernel.shape[0] % m:
-        raise UserError(f"pattern {n}:{m} does not fit {kernel.shape[0]} inputs")
-    return _solved(kernel, stats, n, m, damping)
-
-
-def _solved(
-    kernel: Float[Array, "n_in n_out"],
-    stats: LayerStats,
-    number: int,
-    m: int | None,
-    damping: float,
-) -> Solution:
+    obs.refuse(kernel.shape, num_removed, m)
     factor = obs.factorise(stats, damping)
     if not factor.is_positive:
-        if m is None:
-            return obs.unstructured(kernel, factor, number, preserve_zeros=True)
-        return obs.n_of_m(kernel, factor, number, m, block_size=m, preserve_zeros=True)
-    damping = factor.damping
-    kernel, keep, loss = _solve(
-        kernel, stats.moment, stats.weight, jnp.asarray(number), jnp.asarray(damping), m
-    )  # fmt: skip
+        return obs.remove(kernel, factor, num_removed, m)
+    number, damping = jnp.asarray(num_removed), factor.damping
+    kernel, keep, loss = _solve(kernel, stats, number, jnp.asarray(damping), m)
     return Solution(kernel, keep, loss, "alps", damping)
+
+
+class _Problem(NamedTuple):
+    """A layer in units that make the diagonal of H one.
+
+    Attributes:
+        values: eigenvalues of H.
+        vectors: its eigenvectors.
+        target: H times the dense kernel.
+        forced: weights removed whatever their score.
+        number: how many to remove, of all weights or of every run.
+    """
+
+    values: Float[Array, " n_in"]
+    vectors: Float[Array, "n_in n_in"]
+    target: Float[Array, "n_in n_out"]
+    forced: Bool[Array, "n_in n_out"]
+    number: Int[Array, ""]
 
 
 @partial(jax.jit, static_argnames="m")
 def _solve(
     kernel: Float[Array, "n_in n_out"],
-    gram: Float[Array, "n_in n_in"],
-    weight: Float[Array, ""],
+    stats: LayerStats,
     number: Int[Array, ""],
     damping: Float[Array, ""],
     m: int | None,
 ) -> tuple[Float[Array, "n_in n_out"], Bool[Array, "n_in n_out"], Float[Array, ""]]:
-    product = partial(jnp.matmul, precision="highest")
-    hessian = 2 / weight * gram
+    hessian = 2 / stats.weight * stats.moment
     diagonal = jnp.diagonal(hessian)
     dead = diagonal == 0
     diagonal = jnp.where(dead, 1, diagonal)
     diagonal += damping * jnp.mean(diagonal)
     scale = jnp.sqrt(diagonal)[:, None]
-    unit = jnp.eye(len(gram), dtype=bool)
-    hessian = jnp.where(unit, 1, hessian / scale / scale.T)
+    hessian = jnp.where(jnp.eye(len(hessian), dtype=bool), 1, hessian / scale / scale.T)
     forced = dead[:, None] | (kernel == 0)
     dense = scale * jnp.where(forced, 0, kernel)
     values, vectors = jnp.linalg.eigh(hessian)
-    target = product(hessian, dense)
+    problem = _Problem(values, vectors, _product(hessian, dense), forced, number)
+    sparse, keep = _searched(problem, dense, m)
+    sparse = _refined(hessian, problem.target, sparse, keep)
+    change = sparse - dense
+    loss = jnp.sum(change * _product(hessian, change)) / 2
+    return sparse / scale, keep, loss
 
-    def chosen(x: Any) -> Any:
-        scores = jnp.where(forced, 0, jnp.maximum(jnp.abs(x), jnp.finfo(x.dtype).tiny))
-        if m is None:
-            return masks.lowest(scores, number) & ~forced
-        runs = scores.reshape(-1, m, x.shape[1])
-        rank = jnp.argsort(jnp.argsort(runs, axis=1), axis=1)
-        return (rank >= number).reshape(x.shape) & ~forced
 
-    def iterate(_: Any, state: Any) -> Any:
-        sparse, dual, keep, penalty = state
-        fit = product(vectors.T, target - dual + penalty * sparse)
-        fit = product(vectors, fit / (values[:, None] + penalty))
-        keep = chosen(fit + dual / penalty)
-        sparse = jnp.where(keep, fit + dual / penalty, 0)
-        return sparse, dual + penalty * (fit - sparse), keep, penalty
+def _searched(problem: _Problem, dense: Any, m: int | None) -> tuple[Any, Any]:
+    """Alternates between fit and sparsity until the choice of weights stays; returns both."""
+    start = _choose(problem, dense, m)
+    start = (dense, jnp.zeros_like(dense), start, jnp.asarray(_PENALTY, dense.dtype))
+    iterate = partial(_iterate, problem, m)
 
     def search(carry: Any) -> Any:
         state, count, has_moved, _ = carry
         before, penalty = state[2], state[3]
-        state = jax.lax.fori_loop(0, _EVERY, iterate, state)
+        state = jax.lax.fori_loop(0, _EVERY, lambda _, state: iterate(state), state)
         changed = jnp.count_nonzero(state[2] != before)
         kept = jnp.count_nonzero(state[2])
         growth = jnp.where(
@@ -142,16 +126,28 @@ def _solve(
         done = (changed == 0) & ~stalled
         return state, count + _EVERY, has_moved | (changed > 0), done
 
-    start = (dense, jnp.zeros_like(dense), chosen(dense), jnp.asarray(_PENALTY, dense.dtype))
-    (sparse, _, keep, _), *_ = jax.lax.while_loop(
-        lambda carry: (carry[1] < _MAX_ITERATIONS) & ~carry[3],
-        search,
-        (start, 0, jnp.asarray(False), jnp.asarray(False)),
-    )
-    sparse = _refined(hessian, target, sparse, keep)
-    change = sparse - dense
-    loss = jnp.sum(change * product(hessian, change)) / 2
-    return sparse / scale, keep, loss
+    goes_on = lambda carry: (carry[1] < _MAX_ITERATIONS) & ~carry[3]
+    begin = (start, 0, jnp.asarray(False), jnp.asarray(False))
+    (sparse, _, keep, _), *_ = jax.lax.while_loop(goes_on, search, begin)
+    return sparse, keep
+
+
+def _iterate(problem: _Problem, m: int | None, state: Any) -> Any:
+    sparse, dual, _, penalty = state
+    fit = _product(problem.vectors.T, problem.target - dual + penalty * sparse)
+    fit = _product(problem.vectors, fit / (problem.values[:, None] + penalty))
+    keep = _choose(problem, fit + dual / penalty, m)
+    sparse = jnp.where(keep, fit + dual / penalty, 0)
+    return sparse, dual + penalty * (fit - sparse), keep, penalty
+
+
+def _choose(problem: _Problem, x: Any, m: int | None) -> Bool[Array, "n_in n_out"]:
+    least = jnp.finfo(x.dtype).tiny  # so that what must go ranks first
+    scores = jnp.where(problem.forced, 0, jnp.maximum(jnp.abs(x), least))
+    if m is None:
+        return masks.lowest(scores, problem.number) & ~problem.forced
+    rank = obs.rank(scores.reshape(-1, m, x.shape[1]))
+    return (rank >= problem.number).reshape(x.shape) & ~problem.forced
 
 
 def _refined(
@@ -163,7 +159,7 @@ def _refined(
     """Solves `hessian @ sparse = target` on what is kept, every output by itself."""
 
     def apply(x: Any) -> Any:
-        return jnp.where(keep, jnp.matmul(hessian, x, precision="highest"), 0)
+        return jnp.where(keep, _product(hessian, x), 0)
 
     def ratio(a: Any, b: Any) -> Any:
         return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
@@ -182,3 +178,7 @@ def _refined(
     square = jnp.sum(residual**2, axis=0, keepdims=True)
     state = (sparse, residual, residual, square)
     return jax.lax.fori_loop(0, _REFINEMENTS, step, state)[0]
+
+
+def _product(a: Any, b: Any) -> Any:
+    return jnp.matmul(a, b, precision="highest")  # by default TF32 or bfloat16

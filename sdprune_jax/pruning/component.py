@@ -32,13 +32,11 @@ def prune_component(
         params: nested parameters of the component.
         component: "text_encoder" or "unet".
         method: which layers lose how many weights, and by what rule.
-        calibrate: `Calibration.parts`, or what does the same: from arrays by path, the paths in
-            scope and the name of a statistic to layers that are pruned together and what they
-            read. Each part is taken once those before it are pruned. Needed where `STATISTIC` of
-            the method is not None.
+        calibrate: `Calibration.parts`, or what does the same; needed where the method has a
+            `STATISTIC`. Each part is taken once those before it are pruned.
         seed: draws random scores.
-        in_place: overwrite the kernels of `params`, which must be numpy arrays, so that no second
-            copy of them is held. Otherwise `params` stay as they are.
+        in_place: overwrite the kernels of `params`, which are numpy arrays, so that no second copy
+            of them is held. Otherwise `params` stay as they are.
 
     Returns:
         The pruned parameters, whose pruned kernels are numpy arrays, and what was done.
@@ -46,8 +44,7 @@ def prune_component(
     Raises:
         ValueError: if the method cannot be applied to these layers, or lacks its calibration.
     """
-    flat, shapes = convert.flatten(params), params
-    layers = sites.prunable(shapes, component, method.scope)
+    flat, layers = convert.flatten(params), sites.prunable(params, component, method.scope)
     request.check({path: flat[path] for path in layers}, method)
     statistic = STATISTIC[method.method]
     if statistic and calibrate is None:
@@ -55,8 +52,7 @@ def prune_component(
     if not in_place:
         flat |= {path: np.array(sharding.to_host(flat[path])) for path in layers}
     kernels = {path: flat[path] for path in layers}
-    before = record.sample(kernels)
-    zeros_before = sum(map(record.num_zeros, kernels.values()))
+    before, zeros_before = record.sample(kernels), sum(map(record.num_zeros, kernels.values()))
     sizes = {path: kernel.size for path, kernel in kernels.items()}
     parts = calibrate(flat, layers, statistic) if statistic and calibrate else [(layers, {})]
     rows: dict[str, record.LayerRecord] = {}
@@ -70,11 +66,7 @@ def prune_component(
             masks.zero(kernels[path], pruned.keep)
             rows[path] = record.layer(path, kernels[path], pruned, threshold)
         del stats  # before those of the next part are computed
-    done = record.component(
-        method,
-        [rows[path] for path in layers],
-        zeros_before=zeros_before,
-        parameters=sum(x.size for x in flat.values()),
-        histogram=record.histogram(before, record.sample(kernels)),
-    )
+    histogram = record.histogram(before, record.sample(kernels))
+    num_parameters, in_order = sum(x.size for x in flat.values()), [rows[path] for path in layers]
+    done = record.component(method, in_order, zeros_before, num_parameters, histogram)
     return convert.unflatten(flat, params), done

@@ -28,7 +28,7 @@ def lowest(
     Args:
         score: gives a layer's scores, not negative, in torch's layout. It is called three times a
             layer, so that scores need not be kept, and must give the same each time.
-        names: of the layers.
+        names: layers, in the order that parts equal scores.
         k: how many to remove from all of them.
 
     Raises:
@@ -49,10 +49,10 @@ def lowest(
     low, num_tied = _find(lower, k_left)
     threshold = np.int32(high << _HALF | low).view(np.float32)
     for name in names:
-        found = abs(score(name).astype(np.float32, copy=False))
-        keep = found >= threshold
+        scores = abs(score(name).astype(np.float32, copy=False))
+        keep = scores >= threshold
         if num_tied:
-            tied = np.flatnonzero(np.ravel(found == threshold))[:num_tied]
+            tied = np.flatnonzero(np.ravel(scores == threshold))[:num_tied]
             keep[np.unravel_index(tied, keep.shape)] = False
             num_tied -= len(tied)
         yield name, keep
@@ -61,8 +61,8 @@ def lowest(
 def _find(counts: Int[np.ndarray, " bins"], k: int) -> tuple[int, int]:
     """The bin that holds what has `k` before it, and how many of these are in that bin."""
     ends = np.cumsum(counts)
-    found = int(np.searchsorted(ends, k, side="right"))
-    return found, k - int(ends[found] - counts[found])
+    index = int(np.searchsorted(ends, k, side="right"))
+    return index, k - int(ends[index] - counts[index])
 
 
 def _chunks(scores: Float[np.ndarray, "..."]) -> Iterator[Int[np.ndarray, " n"]]:

@@ -119,7 +119,6 @@ class PruneRecord:
 def component(
     method: Method,
     layers: Sequence[LayerRecord],
-    *,
     zeros_before: int,
     parameters: int,
     histogram: Histogram,

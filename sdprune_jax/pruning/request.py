@@ -55,7 +55,7 @@ def check(kernels: Mapping[str, Any], method: Method) -> None:
         if method.allocation != "uniform" or group not in (None, "layer"):
             problems.append(f"pattern={pattern} leaves nothing to allocate or to compare")
     if method.band:
-        problems += _of_band(method)
+        problems += _band_problems(method)
     own: Mapping[str, float] = {}
     sizes = {path: math.prod(kernel.shape) for path, kernel in kernels.items()}
     try:
@@ -77,10 +77,7 @@ def n_and_m(pattern: str) -> tuple[int, int]:
 
 
 def own_sparsities(paths: Iterable[str], method: Method) -> dict[str, float]:
-    """By path, of the layers that `method.overrides` single out.
-
-    Args:
-        paths: of all kernels in scope.
+    """The sparsity of each kernel in scope that `method.overrides` single out, by path.
 
     Raises:
         ValueError: naming the overrides that no layer is left for.
@@ -91,13 +88,10 @@ def own_sparsities(paths: Iterable[str], method: Method) -> dict[str, float]:
 
 
 def num_removed(sizes: Mapping[str, int], method: Method) -> int:
-    """How many weights a component is to lose.
+    """How many weights a component is to lose, from the sizes of its layers in scope.
 
-    Ties of `rz` and the rounding of bands may differ, and groups of one output, as of Wanda, lose
+    Ties of `rz` and the rounding of bands may differ, and groups of one output, as Wanda's, lose
     less: every row is rounded down, as by its authors' code, by up to one weight.
-
-    Args:
-        sizes: weights of every layer in scope, by path.
     """
     if method.threshold == "rz":
         return sum(allocate.each_floored(sizes, method.sparsity).values())
@@ -109,20 +103,20 @@ def num_removed(sizes: Mapping[str, int], method: Method) -> int:
     return alone + sum(allocate.uniform(others, method.sparsity).values())
 
 
-def _of_band(method: Method) -> list[str]:
-    """What a band clashes with."""
+def _band_problems(method: Method) -> list[str]:
+    """Says what a band clashes with."""
     band, problems = method.band or (), []
-    words = f"band={tuple(band)}"
+    field = f"band={tuple(band)}"
     if len(band) != 2 or not 0 <= band[0] < band[1] <= 1 or band[1] - band[0] == 1:
-        problems.append(f"{words} is no (low, high) with 0 <= low < high <= 1, less than all")
+        problems.append(f"{field} is no (low, high) with 0 <= low < high <= 1, less than all")
     elif (width := Fraction(str(band[1])) - Fraction(str(band[0]))) != Fraction(
         str(method.sparsity)
     ):
-        problems.append(f"{words} removes {float(width):g}; set sparsity to that")
+        problems.append(f"{field} removes {float(width):g}; set sparsity to that")
     if method.method in SOLVERS:
-        problems.append(f"{words} has no meaning for {method.method}, which has no scores")
+        problems.append(f"{field} has no meaning for {method.method}, which has no scores")
     if (method.group or "layer") not in ("layer", "output"):
-        problems.append(f"{words} is of every layer; group={method.group} compares layers")
+        problems.append(f"{field} is of every layer; group={method.group} compares layers")
     if method.pattern != "unstructured" or method.allocation != "uniform" or method.overrides:
-        problems.append(f"{words} is the same in every layer: no pattern, allocation or overrides")
+        problems.append(f"{field} is the same in every layer: no pattern, allocation or overrides")
     return problems

@@ -19,8 +19,8 @@ def random(
     """Independent and uniform in (0, 1], the same on any number of devices.
 
     Args:
-        key: of the component.
-        name: of the layer; each draws its own.
+        key: the same for all layers of a component.
+        name: layer, which draws scores of its own.
         kernel: only its shape and its zeros count.
     """
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))  # the same in every process
@@ -73,7 +73,7 @@ def taylor(
 
     Args:
         kernel: in any layout.
-        gradient: of the loss by the kernel, summed over timesteps before: signs may cancel.
+        gradient: slope of the loss by the kernel, summed over timesteps with its sign.
 
     Source: Diff-Pruning (https://arxiv.org/abs/2305.10924), a weight at a time.
     """

@@ -1,11 +1,9 @@
 """From a method to the pruned kernels of a component."""
 
-import functools
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
@@ -21,14 +19,14 @@ Kernels = Mapping[str, Float[np.ndarray, "..."]]  # by path, in Flax's layout
 
 
 class Pruned(NamedTuple):
-    """What became of a layer.
+    """What became of a layer; all but the first are None where no solver was at work.
 
     Attributes:
-        keep: of every weight, in Flax's layout.
-        kernel: where the weights that stay have changed too.
-        loss: growth of the squared error of the outputs, of a solver; NaN where it fell back.
-        damping: of a solver.
-        output_error: of a solver: what the squares of the outputs' changes are of the outputs' own.
+        keep: which weights stay, in Flax's layout.
+        kernel: the weights that stay, which a solver has changed.
+        loss: growth of the squared error of the outputs; NaN where the solver fell back.
+        damping: what the solver added to the Gram matrix, as a fraction of its mean diagonal.
+        output_error: squared change of the outputs over their own squares.
     """
 
     keep: Bool[np.ndarray, "..."]
@@ -47,7 +45,8 @@ def removed_of_each(
     """How many weights every layer loses; those that follow an n:m pattern are left out.
 
     Args:
-        kernels: of layers that are pruned together.
+        kernels: layers that are pruned together.
+        method: how they are pruned.
         stats: what layers read, where the method asks for it.
         sizes: weights of all layers in scope, by path; None if `kernels` are all of them.
     """
@@ -82,13 +81,15 @@ def prune(
     stats: Mapping[str, Stat],
     key: Key[Array, ""],
 ) -> Iterator[tuple[str, Pruned]]:
-    """Yields every layer of `kernels`, pruned.
+    """Yields every layer of `kernels`, pruned; the kernels given stay as they are.
 
     Args:
-        kernels: of the layers in scope; none is changed.
-        removed: of `removed_of_each`; a component group takes their sum.
+        kernels: the layers in scope.
+        method: how they are pruned.
+        removed: weights that each layer loses, from `removed_of_each`; where all layers compete,
+            they lose the sum.
         stats: what layers read, where the method asks for it.
-        key: of random scores.
+        key: draws random scores.
     """
     if method.method in SOLVERS:
         yield from _solve(kernels, method, removed, stats)
@@ -99,35 +100,29 @@ def prune(
         """In torch's layout, whose order parts equal scores."""
         kernel = kernels[path]
         if method.method == "random":
-            found = np.asarray(scores.random(key, path, kernel))
-        elif group == "normalised":
-            found = _score(scores.normalised(kernel), method, stats.get(path))
-        else:
-            found = _score(kernel, method, stats.get(path))
-        return convert.to_torch(path, found)
+            return convert.to_torch(path, np.asarray(scores.random(key, path, kernel)))
+        if group == "normalised":
+            kernel = scores.normalised(kernel)
+        return convert.to_torch(path, _score(kernel, method, stats.get(path)))
+
+    def choose(path: str) -> Bool[np.ndarray, "..."]:
+        """Chooses within a layer or each of its outputs."""
+        x = score(path)
+        rows = x.reshape(1 if group == "layer" else len(x), -1)
+        if method.band:
+            return patterns.band(rows, *method.band).reshape(x.shape)
+        return masks.lowest_of_rows(rows, removed[path] // len(rows)).reshape(x.shape)
 
     if method.pattern != "unstructured":
         n, m = request.n_and_m(method.pattern)
         for path in [path for path in kernels if path not in removed]:
-            found = jnp.asarray(convert.from_torch(path, score(path)))
-            yield path, Pruned(np.asarray(patterns.n_of_m(found, n, m)))
-    if method.band:
-        found = ((path, _outside(score(path), *method.band, group)) for path in kernels)
-    elif group == "output":
-        found = (
-            (path, masks.lowest_per_output(jnp.asarray(score(path)), n // kernels[path].shape[-1]))
-            for path, n in removed.items()
-        )
-    elif group == "layer" and method.method == "magnitude":  # bits are scores: no copy
-        found = masks.lowest_of_each(
-            {path: convert.to_torch(path, kernels[path]) for path in removed}, removed
-        )
-    elif group == "layer":
-        found = masks.lowest_of_each({path: score(path) for path in removed}, removed)
+            flax = jnp.asarray(convert.from_torch(path, score(path)))
+            yield path, Pruned(np.asarray(patterns.n_of_m(flax, n, m)))
+    if group in ("layer", "output"):
+        chosen = ((path, choose(path)) for path in removed)
     else:
-        found = global_threshold.lowest(score, list(kernels), sum(removed.values()))
-    for path, keep in found:
-        keep = np.asarray(keep)
+        chosen = global_threshold.lowest(score, list(kernels), sum(removed.values()))
+    for path, keep in chosen:
         if method.threshold == "rz":
             keep = masks.without_ties(score(path), keep)
         yield path, Pruned(convert.from_torch(path, keep))
@@ -151,26 +146,15 @@ def _by_outliers(
     stats: Mapping[str, Stat],
     sparsity: Fraction,
 ) -> dict[str, Fraction]:
-    """By path of `sizes`, whose layers lose `sparsity` together: the blocks' own, by OWL."""
+    """The sparsity of each layer of `sizes`, by OWL over blocks, so that all lose `sparsity`."""
     blocks, ratios = allocate.blocks(sizes), {}
     for name, paths in blocks.items():
-        found = [_score(kernels[path], method, stats.get(path)) for path in paths]
-        ratios[name] = allocate.outlier_ratio(found, method.owl_multiple)
+        each = [_score(kernels[path], method, stats.get(path)) for path in paths]
+        ratios[name] = allocate.outlier_ratio(each, method.owl_multiple)
     in_block = {name: sum(sizes[p] for p in paths) for name, paths in blocks.items()}
     sparsities = allocate.owl(ratios, in_block, sparsity, method.owl_lambda)
     of_layer = {path: sparsities[name] for name, paths in blocks.items() for path in paths}
     return {path: of_layer[path] for path in sizes}
-
-
-def _outside(
-    scores: Float[np.ndarray, "n_out n_in *taps"], low: float, high: float, group: str
-) -> Bool[np.ndarray, "n_out n_in *taps"]:
-    """What a band of a layer, or of each of its outputs, leaves."""
-    keep = functools.partial(patterns.band, low=low, high=high)
-    if group == "layer":
-        return np.asarray(keep(jnp.asarray(scores)))
-    rows = jnp.asarray(scores).reshape(len(scores), -1)
-    return np.asarray(jax.vmap(keep)(rows)).reshape(scores.shape)
 
 
 def _solve(
@@ -179,40 +163,26 @@ def _solve(
     removed: Mapping[str, int],
     stats: Mapping[str, Stat],
 ) -> Iterator[tuple[str, Pruned]]:
-    # What is sparse already gets no weight back.
-    unstructured: Any = functools.partial(obs.unstructured, preserve_zeros=True)
-    n_of_m: Any = functools.partial(obs.n_of_m, preserve_zeros=True)
-    if method.method == "alps":
-        unstructured = functools.partial(alps.unstructured, damping=method.damping)
-        n_of_m = functools.partial(alps.n_of_m, damping=method.damping)
     factors: dict[int, obs.Factor] = {}  # layers that read the same share it
     for path, kernel in kernels.items():
         if removed.get(path) == 0:
             nothing = np.ones(kernel.shape, bool)  # not even weights of inputs that are always 0
             yield path, Pruned(nothing, loss=0.0, output_error=0.0)
             continue
-        found = stats[path]
-        assert isinstance(found, LayerStats)
-        seen: LayerStats | obs.Factor = found
-        if method.method != "alps":
-            moment = id(found.moment)
-            if moment not in factors:
-                factors[moment] = obs.factorise(found, method.damping)
-            seen = factors[moment]
+        read = stats[path]
+        assert isinstance(read, LayerStats)
         flat = jnp.asarray(kernel, jnp.float32).reshape(-1, kernel.shape[-1])
-        if path in removed:
-            solution = unstructured(flat, seen, removed[path])
+        number = (removed[path],) if path in removed else request.n_and_m(method.pattern)
+        if method.method == "alps":
+            solution = alps.remove(flat, read, *number, damping=method.damping)
         else:
-            solution = n_of_m(flat, seen, *request.n_and_m(method.pattern))
+            if id(read.moment) not in factors:
+                factors[id(read.moment)] = obs.factorise(read, method.damping)
+            solution = obs.remove(flat, factors[id(read.moment)], *number)
         if solution.method == "magnitude":
             logging.warning("%s: no factor even with damping 1, so by magnitude", path)
-        yield (
-            path,
-            Pruned(
-                np.asarray(solution.keep).reshape(kernel.shape),
-                np.asarray(solution.kernel).reshape(kernel.shape),
-                float(solution.loss),
-                float(solution.damping),
-                float(obs.relative_error(flat, solution.kernel, found)),
-            ),
-        )
+        error = obs.relative_error(flat, solution.kernel, read)
+        keep = np.asarray(solution.keep).reshape(kernel.shape)
+        solved = np.asarray(solution.kernel).reshape(kernel.shape)
+        numbers = map(float, (solution.loss, solution.damping, error))
+        yield path, Pruned(keep, solved, *numbers)

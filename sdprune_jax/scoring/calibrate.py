@@ -144,7 +144,7 @@ def lower_unet(
         lambda x, place: x.update(sharding=place), stats, sharding.fsdp_shardings(stats, mesh)
     )
     text = (model.text_encoder.max_position_embeddings, model.text_encoder.hidden_size)
-    batch = (shape(size, *axes, place=split) for axes in (_noise_shape(model, settings), text, ()))
+    batch = (shape(size, *axes, place=split) for axes in (_noise_shape(model), text, ()))
     calls = on_all(jax.tree.map(jnp.asarray, table)), shape(len(table.timestep)), shape()
     key = on_all(jax.eval_shape(lambda: jax.random.key(0)))
     return accumulate.add_trajectories.lower(
@@ -191,7 +191,7 @@ def _walk(
     alphas = jnp.asarray(settings.call_weights(len(table.timestep)))
     calls = (jax.tree.map(jnp.asarray, table), alphas, jnp.float32(settings.guidance_scale))
     noise_key, position_key = jax.random.split(key)
-    stats, shape = accumulate.zeros(setup), _noise_shape(model, settings)
+    stats, shape = accumulate.zeros(setup), _noise_shape(model)
     for rows, weight in _batches(len(text) - 1, settings.batch_size):
         noise = pipeline.image_noise(noise_key, jnp.asarray(rows), shape)
         batch = _split(setup.mesh, noise, text[rows], weight)
@@ -214,9 +214,8 @@ def _setup(
     return accumulate.Setup(model.unet, mesh, layers, statistic, settings.position_fraction, guided)
 
 
-def _noise_shape(model: ModelConfig, settings: CalibrationSettings) -> tuple[int, int, int]:
-    height, width = settings.latent_size or (model.unet.sample_size,) * 2
-    return height, width, model.unet.in_channels
+def _noise_shape(model: ModelConfig) -> tuple[int, int, int]:
+    return model.unet.sample_size, model.unet.sample_size, model.unet.in_channels
 
 
 def _inputs_of_each(params: Any, paths: Iterable[str]) -> tuple[tuple[str, int], ...]:

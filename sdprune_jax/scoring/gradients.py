@@ -23,8 +23,8 @@ class Sums(NamedTuple):
     """What a first-order criterion reads.
 
     Attributes:
-        grads: as the parameters; float32, on the host.
-        losses: of every timestep that counted, the mean over pictures; from the least noise on.
+        grads: nested as the parameters; float32, on the host.
+        losses: mean loss of the pictures at every timestep that counted, from the least noise on.
     """
 
     grads: Any
@@ -67,12 +67,12 @@ def sums(
 
     Args:
         model: the configs of a diffusers directory.
-        params: of its UNet, float32.
+        params: float32 parameters of its UNet.
         mesh: batches are split over all of its axes.
-        latents: clean ones, scaled as the UNet knows them.
-        text: states of the prompt of each.
+        latents: clean latents, scaled as the UNet knows them.
+        text: last hidden states of the prompt of each.
         settings: timesteps, and where they end.
-        seed: of the noise, which a picture has to itself.
+        seed: draws the noise, which is a picture's own.
 
     Raises:
         ValueError: if a batch does not divide among the devices.
@@ -89,10 +89,11 @@ def sums(
     setup = _Setup(model.unet, model.schedule.prediction_type, mesh)
     shardings = sharding.fsdp_shardings(model_directory.param_shapes(model, "unet"), mesh)
     params = sharding.place(params, shardings)
-    total, losses = _zeros(setup, params), []
+    zeros, losses = jax.tree.map(jnp.zeros_like, params), []
+    total = zeros
     for step in range(settings.num_timesteps):
         timestep = step * len(alphas) // settings.num_timesteps
-        grads, loss = _zeros(setup, params), 0.0
+        grads, loss = jax.tree.map(jnp.copy, zeros), 0.0
         for rows in cache.in_batches(len(latents), settings.batch_size):
             weight = np.zeros(len(rows), np.float32)  # a row that fills up the batch has none
             weight[: len(set(rows.tolist()))] = 1 / len(latents)
@@ -106,7 +107,7 @@ def sums(
             logging.info("timesteps from %d on have too small a loss to count", timestep)
             break
         losses.append(loss)
-        total = _plus(setup, total, grads)
+        total = jax.tree.map(jnp.add, total, grads)
     return Sums(jax.tree.map(sharding.to_host, total), losses)
 
 
@@ -142,19 +143,6 @@ def _add(
         return jnp.sum(weight * jnp.mean((out - target) ** 2, axis=(1, 2, 3)))
 
     loss, new = jax.value_and_grad(loss_of)(params)
-    return _placed(setup, jax.tree.map(jnp.add, grads, new)), loss
-
-
-@partial(jax.jit, static_argnames="setup")
-def _zeros(setup: _Setup, like: Any) -> Any:
-    return _placed(setup, jax.tree.map(jnp.zeros_like, like))
-
-
-@partial(jax.jit, static_argnames="setup", donate_argnames="total")
-def _plus(setup: _Setup, total: Any, grads: Any) -> Any:
-    return _placed(setup, jax.tree.map(jnp.add, total, grads))
-
-
-def _placed(setup: _Setup, tree: Any) -> Any:
-    shardings = sharding.fsdp_shardings(tree, setup.mesh)
-    return jax.lax.with_sharding_constraint(tree, shardings)
+    grads = jax.tree.map(jnp.add, grads, new)
+    places = sharding.fsdp_shardings(grads, setup.mesh)
+    return jax.lax.with_sharding_constraint(grads, places), loss

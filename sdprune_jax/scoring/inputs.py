@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -32,11 +32,11 @@ def input_of(path: str) -> str:
 
 
 def groups(paths: Iterable[str]) -> dict[str, list[str]]:
-    """The layers that read each input, by `input_of`, in the order given."""
-    found: dict[str, list[str]] = {}
+    """Groups layers by the input that they read, named by `input_of`, in the order given."""
+    paths_of: dict[str, list[str]] = {}
     for path in paths:
-        found.setdefault(input_of(path), []).append(path)
-    return found
+        paths_of.setdefault(input_of(path), []).append(path)
+    return paths_of
 
 
 @partial(jax.jit, static_argnames=("config", "num"))
@@ -44,22 +44,21 @@ def of_time(
     config: unet.UNetConfig, params: Any, num: int
 ) -> dict[str, Float[Array, "timesteps _"]]:
     """What the layers of the time embedding read at timesteps 0 to `num - 1`, by `input_of`."""
-    width, found = config.block_out_channels[0], {}
+    width, read = config.block_out_channels[0], {}
     apply: Any = nn.Dense(4 * width).apply
-    x = layers.timestep_embedding(
-        jnp.arange(num), width, config.flip_sin_to_cos, config.freq_shift
-    )  # fmt: skip
+    steps = jnp.arange(num)
+    x = layers.timestep_embedding(steps, width, config.flip_sin_to_cos, config.freq_shift)
     for path in TIME[:-1]:
-        found[path] = x
+        read[path] = x
         x = nn.silu(apply({"params": params[path.removesuffix(".kernel")]}, x))
-    return found | {_TIME: x}
+    return read | {_TIME: x}
 
 
 def packages(
     config: unet.UNetConfig | clip.TextConfig,
-    paths: Sequence[str],
+    paths: Collection[str],
     statistic: str,
-    max_bytes: int | None = None,
+    max_bytes: int | float = math.inf,
 ) -> list[list[str]]:
     """Splits layers, in the order of their use, into packages whose statistics fit in memory.
 
@@ -67,11 +66,11 @@ def packages(
     a run of all prompts.
 
     Args:
-        config: of the component.
+        config: architecture of the component.
         paths: kernels to calibrate.
-        statistic: "moments" or "gram".
-        max_bytes: of the statistics of one package, over all devices; None makes one package.
-            Layers that read the same input are together, and their statistic counts once.
+        statistic: "moments", or "gram" or "weighted_gram".
+        max_bytes: the most that the statistics of a package may take, over all devices. Layers
+            that read the same input are together, and their statistic counts once.
 
     Raises:
         ValueError: naming the layers whose statistic alone exceeds the limit.
@@ -83,16 +82,17 @@ def packages(
     if unknown:
         raise UserError("the model has no layers with these kernels:\n  " + "\n  ".join(unknown))
     wanted = set(paths)
-    found: list[list[str]] = [[]]
+    parts: list[list[str]] = [[]]
     used, problems = 0, []
     for group in groups(path for path in order if path in wanted).values():
-        size = num_bytes(shapes[group[0]], statistic)
-        if max_bytes is not None and size > max_bytes:
+        n_in = math.prod(shapes[group[0]][:-1])
+        size = 4 * (n_in if statistic == "moments" else n_in**2)
+        if size > max_bytes:
             problems.append(f"{group[0]}: {size:,} bytes")
-        if max_bytes is not None and found[-1] and used + size > max_bytes:
-            found.append([])
+        if parts[-1] and used + size > max_bytes:
+            parts.append([])
             used = 0
-        found[-1] += group
+        parts[-1] += group
         used += size
     if problems:
         raise UserError(
@@ -100,13 +100,7 @@ def packages(
             " raise calibration.max_gigabytes, or leave these layers out:\n  "
             + "\n  ".join(problems)
         )
-    return found
-
-
-def num_bytes(kernel_shape: Sequence[int], statistic: str) -> int:
-    """Memory of the statistic of a layer."""
-    n_in = math.prod(kernel_shape[:-1])
-    return 4 * (n_in if statistic == "moments" else n_in**2)
+    return parts
 
 
 def _in_order(

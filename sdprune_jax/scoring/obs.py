@@ -6,6 +6,8 @@ their Gram matrix says. The two methods differ only in how the Gram matrix is we
 A kernel here is `[n_in, n_out]`; that of a convolution is reshaped, `kernel.reshape(-1, c_out)`.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ class Factor(NamedTuple):
     Attributes:
         upper: U with U^T U the inverse of H, where H = 2 / weight * gram, plus damping.
         dead: inputs that were always 0. Their weights become 0.
-        damping: what was added to the diagonal, as a fraction of its mean.
+        damping: fraction of the mean diagonal that was added to the diagonal.
         is_positive: False if H could not be factorised even with damping 1. Then `upper` is no
             use, and layers are pruned by magnitude.
     """
@@ -40,12 +42,12 @@ class Solution(NamedTuple):
     """A pruned layer.
 
     Attributes:
-        kernel: what is kept has changed.
-        keep: of every weight or, of `units.remove`, of every unit.
+        kernel: zero where weights were removed; the others have changed too.
+        keep: whether each weight stays or, from `units.remove`, each unit.
         loss: half the growth of the squared error of the outputs, in units of H. NaN where
             the factor was of no use.
-        method: "obs", or "magnitude" where the factor was of no use; "alps" of `alps`.
-        damping: of the factor.
+        method: "obs" or "alps", or "magnitude" where the factor was of no use.
+        damping: fraction of the mean diagonal that was added to the diagonal.
     """
 
     kernel: Float[Array, "n_in n_out"]
@@ -59,8 +61,8 @@ def factorise(stats: LayerStats, damping: float = 0.01) -> Factor:
     """Damps the Gram matrix and factorises its inverse, with 10 times more until that works.
 
     Args:
-        stats: with a Gram matrix.
-        damping: to begin with, in (0, 1].
+        stats: their moment is a Gram matrix.
+        damping: fraction of the mean diagonal to add at first, in (0, 1].
 
     Source: SparseGPT, section 3 and appendix A (https://arxiv.org/abs/2301.00774).
     """
@@ -75,82 +77,56 @@ def factorise(stats: LayerStats, damping: float = 0.01) -> Factor:
         damping = min(10 * damping, 1)
 
 
-def unstructured(
+def remove(
     kernel: Float[Array, "n_in n_out"],
     factor: Factor,
     num_removed: int,
+    m: int | None = None,
     *,
     block_size: int = 128,
-    threshold: str = "exact",
-    preserve_zeros: bool = False,
 ) -> Solution:
-    """Removes weights anywhere.
+    """Removes weights, and lets the inputs after them make up for it.
+
+    What is zero stays zero and is removed first; so is, even beyond `num_removed`, all that reads a
+    dead input.
 
     Args:
-        kernel: of the layer.
-        factor: of its inputs.
-        num_removed: weights, in [0, size). Weights of dead inputs are the first of them, and all
-            go even if there are more.
-        block_size: inputs whose weights are chosen together.
-        threshold: "exact" removes just as many; "published" also what ties with the first that
-            would be kept, and that one, in every block.
-        preserve_zeros: leave zero what is zero, and count it among the removed. Else zeros
-            may be filled.
+        kernel: weights of the layer.
+        factor: of the layer's inputs.
+        num_removed: how many of all weights, in [0, size), or of every run of `m`, in (0, m).
+        m: consecutive inputs of an output that make a run; None removes weights anywhere.
+        block_size: inputs whose weights are chosen together, a multiple of `m`.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if `num_removed` is out of range, or `m` does not divide the inputs.
 
     Source: SparseGPT, algorithm 1 (https://arxiv.org/abs/2301.00774).
     """
-    if not 0 <= num_removed < kernel.size:
-        raise UserError(f"cannot remove {num_removed} of {kernel.size}, expected [0, size)")
-    if threshold not in ("exact", "published"):
-        raise UserError(f"threshold is {threshold!r}, expected exact or published")
+    refuse(kernel.shape, num_removed, m)
+    forced = factor.dead[:, None] | (kernel == 0)
     if not factor.is_positive:
-        return by_magnitude(kernel, factor, masks.lowest(jnp.abs(kernel), num_removed))
-    forced = _forced(kernel, factor.dead, preserve_zeros)
-    per_block = _removed_per_block(
-        np.asarray(forced.sum(axis=1)), kernel.shape[1], num_removed, block_size, threshold
-    )
-    published = threshold == "published" and num_removed > 0
+        if m is None:
+            return by_magnitude(kernel, factor, masks.lowest(jnp.abs(kernel), num_removed))
+        runs = jnp.where(forced, -1, jnp.abs(kernel)).reshape(-1, m, kernel.shape[1])
+        keep = (rank(runs) >= num_removed).reshape(kernel.shape) & ~forced
+        return by_magnitude(kernel, factor, keep)
+    numbers: Any = num_removed
+    if m is None:
+        num_forced = np.asarray(forced.sum(axis=1))
+        numbers = _removed_per_block(num_forced, kernel.shape[1], num_removed, block_size)
     kernel, keep, loss = _eliminate(
-        kernel, factor.upper, forced, jnp.asarray(per_block), block_size, None, published
+        kernel, factor.upper, forced, jnp.asarray(numbers), block_size, m
     )
     return Solution(kernel, keep, loss, "obs", factor.damping)
 
 
-def n_of_m(
-    kernel: Float[Array, "n_in n_out"],
-    factor: Factor,
-    n: int,
-    m: int,
-    *,
-    block_size: int = 128,
-    preserve_zeros: bool = False,
-) -> Solution:
-    """Removes `n` of every `m` consecutive inputs of every output; otherwise as `unstructured`.
-
-    Raises:
-        ValueError: if `m` does not divide the inputs and the block, or `n` is not in [1, m).
-    """
-    problems = [] if 0 < n < m else [f"cannot remove {n} of every {m}"]
-    problems += [
-        f"{m} does not divide the {what}"
-        for size, what in ((kernel.shape[0], f"{kernel.shape[0]} inputs"),
-                           (block_size, f"block of {block_size}"))
-        if size % max(m, 1)
-    ]  # fmt: skip
-    if problems:
-        raise UserError(f"pattern {n}:{m} does not fit: " + "; ".join(problems))
-    forced = _forced(kernel, factor.dead, preserve_zeros)
-    if not factor.is_positive:
-        score = jnp.where(forced, -1, jnp.abs(kernel))
-        runs = score.reshape(-1, m, kernel.shape[1])
-        return by_magnitude(kernel, factor, (_rank(runs) >= n).reshape(kernel.shape) & ~forced)
-    kernel, keep, loss = _eliminate(
-        kernel, factor.upper, forced, jnp.asarray(n), block_size, m, False
-    )  # fmt: skip
-    return Solution(kernel, keep, loss, "obs", factor.damping)
+def refuse(shape: Sequence[int], num_removed: int, m: int | None) -> None:
+    """Raises a UserError if a kernel of this shape cannot lose so many weights; see `remove`."""
+    size = math.prod(shape)
+    if m is None and not 0 <= num_removed < size:
+        raise UserError(f"cannot remove {num_removed} of {size}, expected [0, size)")
+    if m is not None and (not 0 < num_removed < m or shape[0] % m):
+        raise UserError(f"pattern {num_removed}:{m} does not fit {shape[0]} inputs")
 
 
 def output_error(
@@ -169,9 +145,9 @@ def relative_error(
     """`output_error` as a share of the outputs' own squares: 0 if none moves, 1 if all are lost.
 
     Args:
-        kernel: in Flax's layout, dense.
-        pruned: what became of it.
-        stats: with a Gram matrix.
+        kernel: dense weights, in Flax's layout.
+        pruned: the same layer after pruning.
+        stats: their moment is a Gram matrix.
     """
     before, after = (jnp.asarray(x, jnp.float32).reshape(-1, x.shape[-1]) for x in (kernel, pruned))
     whole = output_error(before, jnp.zeros_like(before), stats)
@@ -184,6 +160,11 @@ def by_magnitude(
     """The layer without compensation."""
     nothing = jnp.asarray(jnp.nan, kernel.dtype)
     return Solution(jnp.where(keep, kernel, 0), keep, nothing, "magnitude", factor.damping)
+
+
+def rank(scores: Float[Array, "runs m n_out"]) -> Int[Array, "runs m n_out"]:
+    """How many of a run come before each, lowest first, ties by index."""
+    return jnp.argsort(jnp.argsort(scores, axis=1), axis=1)
 
 
 @jax.jit
@@ -205,34 +186,22 @@ def _factorise(
     return inverse, dead, jnp.isfinite(inverse).all()
 
 
-def _forced(
-    kernel: Float[Array, "n_in n_out"], dead: Bool[Array, " n_in"], preserve_zeros: bool
-) -> Bool[Array, "n_in n_out"]:
-    """Weights that are removed whatever their score."""
-    forced = jnp.broadcast_to(dead[:, None], kernel.shape)
-    return forced | (kernel == 0) if preserve_zeros else forced
-
-
 def _removed_per_block(
-    forced: Int[np.ndarray, " n_in"], n_out: int, num_removed: int, block_size: int, threshold: str
+    num_forced: Int[np.ndarray, " n_in"], n_out: int, num_removed: int, block_size: int
 ) -> Int[np.ndarray, " blocks"]:
     """How many weights each block loses.
 
-    What is not forced is shared out by size, cumulatively, so the sum is exact. The published rule
-    rounds every block down.
+    What is not forced is shared out by size, cumulatively, so that the sum is exact.
     """
-    starts = range(0, len(forced), block_size)
-    sizes = [len(forced[start : start + block_size]) * n_out for start in starts]
-    if threshold == "published":
-        return np.array([size * num_removed // sum(sizes) for size in sizes], np.int32)
-    fixed = [int(forced[start : start + block_size].sum()) for start in starts]
-    free = np.cumsum([size - f for size, f in zip(sizes, fixed, strict=True)]).tolist()
-    share = max(num_removed - sum(fixed), 0)
-    shared = [share * end // free[-1] if free[-1] else 0 for end in free]
-    return np.diff(shared, prepend=0).astype(np.int32) + np.array(fixed, np.int32)
+    starts = np.arange(0, len(num_forced), block_size)
+    fixed = np.add.reduceat(num_forced, starts).astype(np.int64)
+    sizes = np.add.reduceat(np.full(len(num_forced), n_out), starts)
+    free = np.cumsum(sizes - fixed)
+    shared = max(num_removed - int(fixed.sum()), 0) * free // max(int(free[-1]), 1)
+    return (np.diff(shared, prepend=0) + fixed).astype(np.int32)
 
 
-@partial(jax.jit, static_argnames=("block_size", "m", "published"))
+@partial(jax.jit, static_argnames=("block_size", "m"))
 def _eliminate(
     kernel: Float[Array, "n_in n_out"],
     upper: Float[Array, "n_in n_in"],
@@ -240,18 +209,16 @@ def _eliminate(
     num_removed: Int[Array, "*blocks"],
     block_size: int,
     m: int | None,
-    published: bool,
 ) -> tuple[Float[Array, "n_in n_out"], Bool[Array, "n_in n_out"], Float[Array, ""]]:
     """Goes through the inputs block by block.
 
     Args:
-        kernel: of the layer.
+        kernel: weights of the layer.
         upper: of its factor.
-        forced: weights removed whatever their score; those of dead inputs are set to 0 first.
-        num_removed: of each block or, with `m`, of every run of `m` inputs.
+        forced: weights removed whatever their score; they are set to 0 first.
+        num_removed: for each block or, with `m`, for every run of `m` inputs.
         block_size: inputs.
         m: inputs in a run, or None.
-        published: also remove the lowest score that would be kept, and its ties.
     """
     n_in = len(kernel)
     kernel = jnp.where(forced, 0, kernel)
@@ -261,39 +228,10 @@ def _eliminate(
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
         rows, stuck, factors = cut(kernel), cut(forced), cut(upper)
         square = cut(factors, axis=1)
-        diagonal = jnp.diagonal(square)[:, None]
-
-        def column(j: Any, carry: Any, kept: Any) -> Any:
-            rows, errors = carry
-            error = jnp.where(kept, 0, rows[j]) / diagonal[j]
-            # U is 0 left of its diagonal: inputs before this one stay as they are.
-            return rows - square[j][:, None] * error[None], errors.at[j].set(error)
-
-        def score(rows: Any, diagonal: Any, stuck: Any) -> Any:
-            least = jnp.finfo(rows.dtype).tiny  # so that what must go ranks first
-            return jnp.where(stuck, 0, jnp.maximum((rows / diagonal) ** 2, least))
-
-        carry = (rows, jnp.zeros_like(rows))
         if m is None:
-            scores = score(rows, diagonal, stuck)
-            # `lowest` keeps at least one, but a block may lose all of its weights.
-            chosen = masks.lowest(scores, number) & ~stuck & (number < scores.size)
-            if published:
-                chosen &= scores > jnp.min(scores, where=chosen, initial=jnp.inf)
-            rows, errors = jax.lax.fori_loop(0, size, lambda j, c: column(j, c, chosen[j]), carry)
+            rows, errors, chosen = _anywhere(rows, square, stuck, number)
         else:
-
-            def run(i: Any, carry: Any) -> Any:
-                rows, errors, chosen = carry
-                cut = partial(jax.lax.dynamic_slice_in_dim, start_index=i * m, slice_size=m)
-                scores = score(cut(rows), cut(diagonal), cut(stuck))
-                kept = (_rank(scores[None])[0] >= number) & ~cut(stuck)
-                for j in range(m):
-                    rows, errors = column(i * m + j, (rows, errors), kept[j])
-                return rows, errors, jax.lax.dynamic_update_slice_in_dim(chosen, kept, i * m, 0)
-
-            carry = (*carry, jnp.zeros_like(stuck))
-            rows, errors, chosen = jax.lax.fori_loop(0, size // m, run, carry)
+            rows, errors, chosen = _in_runs(rows, square, stuck, number, m)
         rows = jnp.where(chosen, rows, 0)
         later = jnp.where(jnp.arange(n_in)[None] < start + size, 0, factors)
         kernel -= jnp.matmul(later.T, errors, precision="highest")
@@ -308,6 +246,40 @@ def _eliminate(
     return block(state, n_in - rest, rest, numbers[-1]) if rest else state
 
 
-def _rank(scores: Float[Array, "runs m n_out"]) -> Int[Array, "runs m n_out"]:
-    """How many of a run come before each, lowest first, ties by index."""
-    return jnp.argsort(jnp.argsort(scores, axis=1), axis=1)
+def _anywhere(rows: Any, square: Any, stuck: Any, number: Any) -> tuple[Any, Any, Any]:
+    """Chooses all weights of a block at once; returns its rows, their errors and what stays."""
+    scores = _scores(rows, jnp.diagonal(square)[:, None], stuck)
+    # `lowest` keeps at least one, but a block may lose all of its weights.
+    chosen = masks.lowest(scores, number) & ~stuck & (number < scores.size)
+    step = lambda j, carry: _eliminate_input(square, j, carry, chosen[j])
+    rows, errors = jax.lax.fori_loop(0, len(rows), step, (rows, jnp.zeros_like(rows)))
+    return rows, errors, chosen
+
+
+def _in_runs(rows: Any, square: Any, stuck: Any, number: Any, m: int) -> tuple[Any, Any, Any]:
+    """As `_anywhere`, but chooses within every run of `m` inputs once those before are gone."""
+    diagonal = jnp.diagonal(square)[:, None]
+
+    def run(i: Any, carry: Any) -> Any:
+        rows, errors, chosen = carry
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=i * m, slice_size=m)
+        scores = _scores(cut(rows), cut(diagonal), cut(stuck))
+        kept = (rank(scores[None])[0] >= number) & ~cut(stuck)
+        for j in range(m):
+            rows, errors = _eliminate_input(square, i * m + j, (rows, errors), kept[j])
+        return rows, errors, jax.lax.dynamic_update_slice_in_dim(chosen, kept, i * m, 0)
+
+    carry = (rows, jnp.zeros_like(rows), jnp.zeros_like(stuck))
+    return jax.lax.fori_loop(0, len(rows) // m, run, carry)
+
+
+def _eliminate_input(square: Any, j: Any, carry: Any, kept: Any) -> tuple[Any, Any]:
+    rows, errors = carry
+    error = jnp.where(kept, 0, rows[j]) / square[j, j]
+    # U is 0 left of its diagonal: inputs before this one stay as they are.
+    return rows - square[j][:, None] * error[None], errors.at[j].set(error)
+
+
+def _scores(rows: Any, diagonal: Any, stuck: Any) -> Any:
+    least = jnp.finfo(rows.dtype).tiny  # so that what must go ranks first
+    return jnp.where(stuck, 0, jnp.maximum((rows / diagonal) ** 2, least))

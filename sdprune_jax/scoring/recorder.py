@@ -24,7 +24,7 @@ class LayerStats(NamedTuple):
     """What pruning may know about the inputs x of one layer, in float32.
 
     Attributes:
-        moment: sums of w x^2 over rows of weight w or, for a Gram matrix, of w x x^T.
+        moment: the sum of w x^2 over rows of weight w or, for a Gram matrix, of w x x^T.
         weight: the sum of w. Only ratios matter: scores and losses are per unit of it.
     """
 
@@ -32,10 +32,8 @@ class LayerStats(NamedTuple):
     weight: Float[Array, ""]
 
 
-Stat = LayerStats | Float[np.ndarray, "..."]  # of what a layer reads, or the loss's gradient by it
-
-
 Stats = dict[str, LayerStats]  # by path of the kernel
+Stat = LayerStats | Float[np.ndarray, "..."]  # the array is the loss's gradient by a kernel
 
 
 def mean_square(stats: LayerStats) -> Float[Array, " n_in"]:
@@ -57,15 +55,16 @@ def apply_and_record(
     """Runs a model and sums the inputs of some of its layers.
 
     Args:
-        apply: of a Linen model, which needs no change.
-        params: of the model.
-        inputs: of the model.
-        layers: paths of kernels, dotted.
+        apply: method of a Linen model, which needs no change.
+        params: parameters of the model.
+        inputs: the model's further arguments.
+        layers: dotted paths of kernels.
         statistic: "moments", or "gram", which is `n_in` times as large.
-        weight: of each sample, or of each token of a model of tokens. Not negative; 0 leaves out.
-        fraction: of the positions of an image that the Gram matrix of a convolution reads, in
-            (0, 1]. They are drawn anew for each layer and count for all, so the sum is unbiased.
-        key: of that draw.
+        weight: how much each sample or each token counts. Not negative; 0 leaves it out.
+        fraction: share of the positions of an image that the Gram matrix of a convolution reads,
+            in (0, 1]. They are drawn anew for each layer and count for all, so that the sum is
+            unbiased.
+        key: draws these positions.
 
     Returns:
         The model's output, and the statistic of each of `layers`.
@@ -91,8 +90,8 @@ def apply_and_record(
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        out, found = apply({"params": params}, *inputs, mutable="calibration")
-    flat = convert.flatten(found.get("calibration", {}))
+        out, state = apply({"params": params}, *inputs, mutable="calibration")
+    flat = convert.flatten(state.get("calibration", {}))
     stats = {f"{path.removesuffix('.stats')}.kernel": value for path, value in flat.items()}
     missing = sorted(set(layers) - set(stats))
     if missing:
@@ -204,8 +203,8 @@ def _reads(
     size: int, pad: tuple[int, int], kernel: int, stride: int, num_out: int
 ) -> Float[np.ndarray, "kernel size"]:
     """1 where a tap of the kernel meets a position of the input, along one axis; else 0."""
-    met = np.arange(kernel)[:, None] + stride * np.arange(num_out)[None] - pad[0]
-    return (met[:, :, None] == np.arange(size)).any(axis=1).astype(np.float32)
+    position = np.arange(kernel)[:, None] + stride * np.arange(num_out)[None] - pad[0]
+    return (position[:, :, None] == np.arange(size)).any(axis=1).astype(np.float32)
 
 
 def _pads(

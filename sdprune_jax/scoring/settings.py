@@ -59,7 +59,6 @@ class CalibrationSettings:
         max_gigabytes: the most that statistics may take at once. What needs more is done in parts,
             each on the model that those before it left.
         sampler: one of `samplers.SAMPLERS`; None for what the model's scheduler says.
-        latent_size: height and width; None for the model's own.
         gradients: for the methods that read gradients in place of inputs.
     """
 
@@ -72,7 +71,6 @@ class CalibrationSettings:
     mask_pads: bool = True
     max_gigabytes: float = 8.0
     sampler: str | None = None
-    latent_size: tuple[int, int] | None = None
     gradients: GradientSettings = GradientSettings()
 
     def call_weights(self, num_calls: int) -> Float32[np.ndarray, " calls"]:

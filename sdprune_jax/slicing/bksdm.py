@@ -21,11 +21,7 @@ SIZES = get_args(Size)
 
 
 def student(config: unet.UNetConfig, size: str) -> unet.UNetConfig:
-    """The smaller architecture.
-
-    Args:
-        config: of the teacher.
-        size: one of `SIZES`.
+    """The architecture of a student, made from that of its teacher.
 
     Raises:
         ValueError: if the teacher has no such student, with all reasons.
@@ -41,14 +37,14 @@ def student(config: unet.UNetConfig, size: str) -> unet.UNetConfig:
         problems.append(f"has the widths {widths}: without the last, the others would not fit")
     if problems:
         raise UserError(f"this UNet has no bksdm-{size}: it " + "; it ".join(problems))
-    found = dataclasses.replace(config, layers_per_block=1)
+    smaller = dataclasses.replace(config, layers_per_block=1)
     if size == "base":
-        return found
-    found = dataclasses.replace(found, mid_block_type=None)
+        return smaller
+    smaller = dataclasses.replace(smaller, mid_block_type=None)
     if size == "small":
-        return found
+        return smaller
     return dataclasses.replace(
-        found,
+        smaller,
         block_out_channels=widths[:-1],
         attention_head_dim=config.attention_head_dim[:-1],
         down_block_types=config.down_block_types[:-1],
@@ -71,15 +67,15 @@ def cut(
     missing = len(config.block_out_channels) - len(smaller.block_out_channels)
     flat, shapes = convert.flatten(params), unet.param_shapes(smaller)
 
-    def of_teacher(path: str) -> str:
-        found = re.fullmatch(r"up_blocks\.(\d+)\.(.*)", path)
-        if not found:
+    def path_in_teacher(path: str) -> str:
+        match = re.fullmatch(r"up_blocks\.(\d+)\.(.*)", path)
+        if not match:
             return path
-        block, rest = int(found[1]) + missing, found[2]
+        block, rest = int(match[1]) + missing, match[2]
         rest = re.sub(r"^(resnets|attentions)\.1\.", rf"\1.{config.layers_per_block}.", rest)
         return f"up_blocks.{block}.{rest}"
 
-    source = {path: of_teacher(path) for path in convert.flatten(shapes)}
+    source = {path: path_in_teacher(path) for path in convert.flatten(shapes)}
     taken = {path: flat[source[path]] for path in source}
     assert all(x.shape == taken[path].shape for path, x in convert.flatten(shapes).items())
 

@@ -1,7 +1,7 @@
 """One smaller UNet for all prompts, by one criterion, at one budget of MACs."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
@@ -120,7 +120,18 @@ def slice_unet(
     if calibration is None and criterion.name in ("taylor", "diff-pruning", "obs", "operators"):
         raise UserError(f"{criterion.name} runs the model: give prompts to calibrate on")
     dense = jax.tree.map(sharding.to_host, params)
-    return _CRITERIA[criterion.name](_Task(model, dense, criterion, calibration, seed))
+    if criterion.name.startswith("bksdm-"):
+        return Sliced(*bksdm.cut(dense, model.unet, criterion.name.removeprefix("bksdm-")), {})
+    if criterion.name == "obs":
+        assert calibration is not None
+        dense, keep, details = _compensated(model, dense, criterion, calibration, seed)
+    else:
+        scores, details = _scores(model, dense, criterion, calibration, seed)
+        keep = _chosen(model, criterion, scores)
+    smaller, config = sites.slice_params(dense, model.unet, keep)
+    kept = {site.name: site.units for site in sites.table(model.unet)}
+    kept |= {name: int(units.sum()) for name, units in keep.items()}
+    return Sliced(smaller, config, kept, details)
 
 
 def check(model: ModelConfig, criterion: Criterion) -> None:
@@ -140,16 +151,6 @@ def check(model: ModelConfig, criterion: Criterion) -> None:
     _chosen(model, criterion, scores)
 
 
-class _Task(NamedTuple):
-    """What every criterion may read: the arguments of `slice_unet`."""
-
-    model: ModelConfig
-    dense: Any
-    criterion: Criterion
-    calibration: Calibration | None
-    seed: int
-
-
 def _chosen(
     model: ModelConfig, criterion: Criterion, scores: structured.Scores
 ) -> sites.Architecture:
@@ -162,95 +163,47 @@ def _chosen(
     return structured.within_budget(scores, costs, criterion.macs_budget, keep_one=not by_operator)
 
 
-def _by_units(task: _Task, scores: structured.Scores, details: Mapping[str, Any]) -> Sliced:
-    """Removes units of the width sites, the lowest scores first."""
-    architecture = _chosen(task.model, task.criterion, scores)
-    return _sliced(task, task.dense, architecture, details)
+def _scores(
+    model: ModelConfig, dense: Any, criterion: Criterion, calibration: Calibration | None, seed: int
+) -> tuple[structured.Scores, dict[str, Any]]:
+    """Scores of all units, and what the criterion has measured."""
+    config, name = model.unet, criterion.name
+    if name == "norm":
+        return structured.norm(dense, config), {}
+    if name == "uniform":
+        return structured.uniform(config, seed), {}
+    if name == "random":
+        return structured.random(config, seed), {}
+    assert calibration is not None
+    if name == "operators":
+        blocks = [site.name for site in sites.operators(config)]
+        text, mesh, settings = calibration.text_states(), calibration.mesh, calibration.settings
+        scores = operators.score(model, dense, mesh, text, blocks, seed, settings)
+        return scores, {"scores": {block: float(score[0]) for block, score in scores.items()}}
+    sums = calibration.gradient_sums(dense)
+    scores = structured.taylor(dense, sums.grads, config, signs_cancel=name == "taylor")
+    return scores, {"losses": sums.losses}
 
 
-def _sliced(
-    task: _Task, params: Any, architecture: sites.Architecture, details: Mapping[str, Any]
-) -> Sliced:
-    params, smaller = sites.slice_params(params, task.model.unet, architecture)
-    whole = {site.name: site.units for site in sites.table(task.model.unet)}
-    kept = whole | {name: int(keep.sum()) for name, keep in architecture.items()}
-    return Sliced(params, smaller, kept, dict(details))
-
-
-def _norm(task: _Task) -> Sliced:
-    return _by_units(task, structured.norm(task.dense, task.model.unet), {})
-
-
-def _uniform(task: _Task) -> Sliced:
-    return _by_units(task, structured.uniform(task.model.unet, task.seed), {})
-
-
-def _random(task: _Task) -> Sliced:
-    return _by_units(task, structured.random(task.model.unet, task.seed), {})
-
-
-def _taylor(task: _Task) -> Sliced:
-    assert task.calibration is not None
-    sums = task.calibration.gradient_sums(task.dense)
-    signs_cancel = task.criterion.name == "taylor"
-    scores = structured.taylor(task.dense, sums.grads, task.model.unet, signs_cancel)
-    return _by_units(task, scores, {"losses": sums.losses})
-
-
-def _obs(task: _Task) -> Sliced:
+def _compensated(
+    model: ModelConfig, dense: Any, criterion: Criterion, calibration: Calibration, seed: int
+) -> tuple[Any, sites.Architecture, dict[str, Any]]:
     """Every attention and feed-forward loses the same share; its last layer makes up for it."""
-    assert task.calibration is not None
-    table = {site.name: site for site in sites.table(task.model.unet)}
-    scores = structured.uniform(task.model.unet, task.seed, kinds=("heads", "ff"))
-    counts = _chosen(task.model, task.criterion, scores)
+    table = {site.name: site for site in sites.table(model.unet)}
+    scores = structured.uniform(model.unet, seed, kinds=("heads", "ff"))
+    counts = _chosen(model, criterion, scores)
     closing = {table[name].members[-1][0]: name for name in counts}
-    flat, architecture, loss = convert.flatten(task.dense), {}, 0.0
-    for paths, stats in task.calibration.parts(flat, list(closing), "gram"):
+    flat, keep, loss = convert.flatten(dense), {}, 0.0
+    for paths, stats in calibration.parts(flat, list(closing), "gram"):
         for path in paths:
             name, read = closing[path], stats[path]
             assert not isinstance(read, np.ndarray)
-            factor = obs.factorise(read, task.criterion.damping)
+            factor = obs.factorise(read, criterion.damping)
             if not factor.is_positive:
                 logging.warning("%s: no factor even with damping 1, so by magnitude", path)
-            solution = units.remove(
-                jnp.asarray(flat[path]), factor, table[name].unit_size, int((~counts[name]).sum())
-            )
-            flat[path], architecture[name] = np.asarray(solution.kernel), np.asarray(solution.keep)
+            size, num_removed = table[name].unit_size, int((~counts[name]).sum())
+            solution = units.remove(jnp.asarray(flat[path]), factor, size, num_removed)
+            flat[path], keep[name] = np.asarray(solution.kernel), np.asarray(solution.keep)
             loss += float(np.nan_to_num(solution.loss))  # there is none without a factor
-    params = convert.unflatten(flat, task.dense)
-    return _sliced(task, params, {name: architecture[name] for name in counts}, {"loss": loss})
-
-
-def _operators(task: _Task) -> Sliced:
-    calibration = task.calibration
-    assert calibration is not None
-    names = [site.name for site in sites.operators(task.model.unet)]
-    scores = operators.score(
-        task.model,
-        task.dense,
-        calibration.mesh,
-        calibration.text_states(),
-        names,
-        task.seed,
-        calibration.settings,
-    )
-    architecture = _chosen(task.model, task.criterion, scores)
-    details = {"scores": {name: float(score[0]) for name, score in scores.items()}}
-    return _sliced(task, task.dense, architecture, details)
-
-
-def _bksdm(task: _Task) -> Sliced:
-    size = task.criterion.name.removeprefix("bksdm-")
-    return Sliced(*bksdm.cut(task.dense, task.model.unet, size), {})
-
-
-_CRITERIA: Mapping[str, Callable[[_Task], Sliced]] = {
-    "uniform": _uniform,
-    "random": _random,
-    "norm": _norm,
-    "taylor": _taylor,
-    "diff-pruning": _taylor,
-    "obs": _obs,
-    "operators": _operators,
-    **{f"bksdm-{size}": _bksdm for size in bksdm.SIZES},
-}
+    in_order = {name: keep[name] for name in counts}
+    return convert.unflatten(flat, dense), in_order, {"loss": loss}

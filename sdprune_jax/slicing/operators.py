@@ -57,18 +57,18 @@ def score(
     sample, split = _make_sample(model, mesh, names, settings), sharding.batch_sharding(mesh)
     shardings = sharding.fsdp_shardings(model_directory.param_shapes(model, "unet"), mesh)
     params = sharding.place(params, shardings)
-    size = settings.latent_size or (model.unet.sample_size,) * 2
-    shape, key = (*size, model.unet.in_channels), jax.random.key(seed)
+    size, key = model.unet.sample_size, jax.random.key(seed)
+    shape = (size, size, model.unet.in_channels)
     text, negative = text[:-1], text[-1:]
 
     def statistics(gates: Float32[np.ndarray, " names"]) -> Float64[np.ndarray, "2 latent"]:
-        found = []
+        batches = []
         for rows in cache.in_batches(len(text), settings.batch_size):
             noise = pipeline.image_noise(key, jnp.asarray(rows), shape)
             placed = sharding.place((noise, text[rows]), split)
             latents = sharding.to_host(sample(params, *placed, negative, gates))
-            found.append(latents[: len(set(rows.tolist()))])
-        flat = np.concatenate(found).reshape(len(text), -1).astype(np.float64)
+            batches.append(latents[: len(set(rows.tolist()))])
+        flat = np.concatenate(batches).reshape(len(text), -1).astype(np.float64)
         return np.stack([flat.mean(axis=0), flat.std(axis=0)])
 
     whole = np.ones(len(names), np.float32)

@@ -20,13 +20,7 @@ WIDTH = ("heads", "ff", "channels")
 def uniform(
     config: unet.UNetConfig, seed: int, kinds: Collection[str] = WIDTH
 ) -> dict[str, Float64[np.ndarray, " _units"]]:
-    """Scores by which every site loses the same share of its units, drawn at random.
-
-    Args:
-        config: of the UNet.
-        seed: of the draw.
-        kinds: of the sites that lose any.
-    """
+    """Scores by which every site of some kinds loses the same share of its units, at random."""
     rng = np.random.default_rng(seed)
     return {
         site.name: (rng.permutation(site.units) + 0.5) / site.units
@@ -48,12 +42,12 @@ def norm(
     Source: group norm of DepGraph (https://arxiv.org/abs/2301.12900) as its library has it by
         default, which APTP's baseline ranks globally.
     """
-    flat, found = convert.flatten(params), {}
+    flat, scores = convert.flatten(params), {}
     for site in _sites(config, WIDTH):
         kernels = [(path, axis) for path, axis in site.members if path.endswith(".kernel")]
         total = sum(_per_unit(np.square(_float64(flat[p])), axis, site) for p, axis in kernels)
-        found[site.name] = total / (np.mean(total) or 1)
-    return found
+        scores[site.name] = total / (np.mean(total) or 1)
+    return scores
 
 
 def taylor(
@@ -65,22 +59,21 @@ def taylor(
     """Change of the loss when all parameters of a unit go, to first order, without its sign.
 
     Args:
-        params: of the UNet.
-        grads: of the loss by them, summed over timesteps.
-        config: of the UNet.
-        signs_cancel: within a unit; else the changes of its single weights are summed without
-            signs.
+        params: parameters of the UNet.
+        grads: gradient of the loss by them, summed over timesteps.
+        config: architecture of the UNet.
+        signs_cancel: the changes of a unit's single weights are summed with their signs.
 
     Source: Molchanov et al. 2019 (https://arxiv.org/abs/1906.10771), and Diff-Pruning, equation 8
         (https://arxiv.org/abs/2305.10924), without cancellation.
     """
-    flat, slopes, found = convert.flatten(params), convert.flatten(grads), {}
+    flat, slopes, scores = convert.flatten(params), convert.flatten(grads), {}
     for site in _sites(config, WIDTH):
         changes = [(_float64(flat[p]) * _float64(slopes[p]), axis) for p, axis in site.members]
         if not signs_cancel:
             changes = [(np.abs(change), axis) for change, axis in changes]
-        found[site.name] = np.abs(sum(_per_unit(change, axis, site) for change, axis in changes))
-    return found
+        scores[site.name] = np.abs(sum(_per_unit(change, axis, site) for change, axis in changes))
+    return scores
 
 
 def within_budget(
@@ -91,10 +84,10 @@ def within_budget(
     Equal scores go by the order of sites and units.
 
     Args:
-        scores: of the sites that may lose units.
-        costs: of all sites.
+        scores: one a unit, for the sites that may lose any.
+        costs: MACs of all sites.
         macs_budget: share of all MACs to keep; what is kept is less by under one unit.
-        keep_one: of every site.
+        keep_one: leave every site at least one unit.
 
     Raises:
         ValueError: if the budget cannot be kept so.

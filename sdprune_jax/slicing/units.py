@@ -20,13 +20,13 @@ def remove(
     of neurons. The rows of removed units are 0; `sites.slice_params` deletes them.
 
     Args:
-        kernel: of the layer.
-        factor: of its inputs.
+        kernel: weights of the layer.
+        factor: of the layer's inputs.
         unit_size: consecutive inputs of a unit.
-        num_removed: units.
+        num_removed: units to remove, fewer than there are.
 
     Returns:
-        A solution whose `keep` is of units.
+        A solution whose `keep` has one entry a unit.
 
     Raises:
         ValueError: if the inputs are not made of units, or none would be left.

@@ -131,9 +131,7 @@ def _solver(n_out: int, n_in: int, rounds: int) -> None:
     found = {}
 
     def ours() -> None:
-        solution = obs.unstructured(
-            kernel, obs.factorise(stats), number, block_size=BLOCK, threshold="published"
-        )
+        solution = obs.remove(kernel, obs.factorise(stats), number, block_size=BLOCK)
         found["ours"] = np.asarray(solution.kernel).T
 
     def theirs() -> None:

@@ -105,8 +105,9 @@ def _layers(stride: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
 
 def _prune(weights: dict[str, np.ndarray], num_removed: dict[str, int]) -> None:
     """What the stage does to every layer; it also looks up each threshold."""
-    for name, keep in masks.lowest_of_each(weights, num_removed):
-        masks.zero(weights[name], keep)
+    for name, k in num_removed.items():
+        keep = masks.lowest_of_rows(weights[name].reshape(1, -1), k)
+        masks.zero(weights[name], keep.reshape(weights[name].shape))
 
 
 def _draw(weights: dict[str, np.ndarray]) -> None:
