@@ -106,9 +106,8 @@ def test_outliers_are_counted_over_all_layers_of_a_group():
 
 def test_counts_round_once_over_all_layers():
     sizes = {"a": 10, "b": 10, "c": 7, "d": 1}
-    assert allocate.counts(sizes, {"a": 0.35, "b": 0.45, "c": 0.5, "d": 0.0}) == {
-        "a": 3, "b": 5, "c": 3, "d": 0,
-    }  # fmt: skip
+    counts = allocate.counts(sizes, {"a": 0.35, "b": 0.45, "c": 0.5, "d": 0.0})
+    assert counts == {"a": 3, "b": 5, "c": 3, "d": 0}
     assert set(allocate.counts(sizes, dict.fromkeys(sizes, 0.0)).values()) == {0}
     with pytest.raises(ValueError, match=r"for 35 percent write 0\.35"):
         allocate.uniform(sizes, 35.0)

@@ -95,9 +95,7 @@ def _walked():
     return params, grams
 
 
-@pytest.mark.parametrize(
-    ("num_devices", "statistic"), [(8, "moments"), (8, "gram"), (1, "gram")]
-)  # fmt: skip
+@pytest.mark.parametrize(("num_devices", "statistic"), [(8, "moments"), (8, "gram"), (1, "gram")])
 def test_the_unet_is_calibrated_along_its_trajectory(num_devices, statistic):
     params, grams = _walked()
     paths = sites.prunable(unet.param_shapes(UNET), "unet", "all")
@@ -161,7 +159,7 @@ def _ids():
 @pytest.mark.parametrize(
     ("mask_pads", "num_devices", "statistic"),
     [(True, 1, "gram"), (False, 1, "gram"), (True, 8, "gram"), (True, 8, "moments")],
-)  # fmt: skip
+)
 def test_pads_of_a_text_are_left_out_unless_asked_for(mask_pads, num_devices, statistic):
     ids, lengths = _ids()
     params = _random_params(clip.text_param_shapes(TEXT), 0)

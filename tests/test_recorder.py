@@ -50,7 +50,7 @@ def _layers(seed=0):
     return params, (draw(3, 6, 9, 4), draw(3, 7, 5)), jnp.array([1.0, 0.25, 0.0])
 
 
-@pytest.mark.parametrize("statistic", recorder.STATISTICS)
+@pytest.mark.parametrize("statistic", ["moments", "gram"])
 def test_statistics_equal_those_of_stored_activations(statistic):
     params, args, weight = _layers()
     model = _Layers()
@@ -112,7 +112,7 @@ class _Apart(nn.Module):
         return nn.Dense(4, name="tokens")(tokens)
 
 
-@pytest.mark.parametrize("statistic", recorder.STATISTICS)
+@pytest.mark.parametrize("statistic", ["moments", "gram"])
 def test_statistics_of_whole_numbers_have_the_same_bits_on_one_device_and_on_eight(statistic):
     rng = np.random.default_rng(0)  # sums of whole numbers do not round, in whatever order
     args = tuple(

@@ -73,8 +73,8 @@ def test_one_expert_has_all_prompts_and_keeps_the_budget_within_a_unit(model, tm
     jax.tree.map(np.testing.assert_array_equal, found, want)
     units = {site.name: site.units for site in sites.table(model.unet)}
     assert record["dense"]["units"].items() >= units.items()
-    assert row["kept"] == {s.name: int(keep[s.name].sum()) if s.name in keep else 1
-                           for s in sites.table(model.unet)}  # fmt: skip
+    depth = {site.name: 1 for site in sites.table(model.unet) if site.kind == "depth"}
+    assert row["kept"] == depth | {name: int(units.sum()) for name, units in keep.items()}
 
 
 def test_budget_is_of_the_counter_and_the_size_asked_for(model, tmp_path):
@@ -233,10 +233,8 @@ def test_bksdm_is_written_as_a_plain_unet(tmp_path, model):
     values = json.loads((output / "00" / "unet" / "config.json").read_text())
     assert (values["mid_block_type"], values["layers_per_block"]) == (None, 1)
     assert "kept_units" not in values
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        model_directory.load(expert, "unet"), bksdm.cut(params, two, "small")[0],
-    )  # fmt: skip
+    written, want = model_directory.load(expert, "unet"), bksdm.cut(params, two, "small")[0]
+    jax.tree.map(np.testing.assert_array_equal, written, want)
 
 
 def test_budget_out_of_reach_is_refused_with_what_can_be(model, tmp_path):

@@ -89,9 +89,10 @@ def test_criteria_and_seeds_differ(params):
         np.concatenate(list(structured.within_budget(scores, COSTS, 0.7).values()))
         for scores in (
             *(_scores(params, name) for name in ("uniform", "random", "norm")),
-            structured.uniform(UNET, 1), structured.random(UNET, 1),
+            structured.uniform(UNET, 1),
+            structured.random(UNET, 1),
         )
-    ]  # fmt: skip
+    ]
     assert len({vector.tobytes() for vector in vectors}) == 5
 
 
@@ -249,11 +250,9 @@ def test_diffusers_runs_a_bksdm_student_as_it_is():
     }
     reference.load_state_dict(state)  # nothing is missing, nothing left over
     x, timestep, text = _inputs()
+    arrays = (x.transpose(0, 3, 1, 2).copy(), timestep, text)
     with torch.no_grad():
-        want = reference(
-            torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(timestep),
-            torch.from_numpy(text),
-        ).sample.numpy()  # fmt: skip
+        want = reference(*map(torch.from_numpy, arrays)).sample.numpy()
     found = np.asarray(_compiled(config)({"params": params}, x, timestep, text))
     found = found.transpose(0, 3, 1, 2)
     np.testing.assert_allclose(found, want, rtol=0, atol=2e-5 * np.abs(want).max())

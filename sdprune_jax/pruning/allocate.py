@@ -69,9 +69,6 @@ def owl(
         sparsity: fraction that all groups together lose.
         lam: half the range of the groups' sparsities, in [0, 0.5).
 
-    Returns:
-        The exact sparsity of every group, for `counts`.
-
     Raises:
         ValueError: if `sparsity` or `lam` is out of range, or a ratio is not finite.
 
@@ -174,12 +171,9 @@ def matched(rules: Iterable[tuple[str, float]], names: Collection[str]) -> dict[
 def remaining(
     sizes: Mapping[str, int], sparsity: Sparsity, fixed: Mapping[str, Sparsity]
 ) -> Fraction:
-    """The sparsity of the other layers, so that all lose `sparsity` together.
+    """The sparsity of the layers that are not `fixed`, so that all lose `sparsity` together.
 
-    Args:
-        sizes: by layer, the number of weights.
-        sparsity: fraction that all layers together lose.
-        fixed: sparsity of each layer that has its own; what it removes is rounded down.
+    What a layer with a sparsity of its own loses is rounded down.
 
     Raises:
         ValueError: if the other layers cannot make up for it, with the range that they can reach.

@@ -33,18 +33,11 @@ def remove(
 ) -> Solution:
     """Removes weights, and fits the others. What is zero stays so, and is removed first.
 
-    Args:
-        kernel: weights of the layer.
-        stats: their moment is a Gram matrix.
-        num_removed: how many of all weights, in [0, size), or of every run of `m`, in (0, m).
-        m: consecutive inputs of an output that make a run; None removes weights anywhere.
-        damping: fraction of the mean diagonal to add at first, as in `obs.factorise`.
-
-    Returns:
-        A solution, by magnitude if the Gram matrix is not positive even with damping 1.
+    `num_removed` and `m` are as in `obs.remove`, `damping` as in `obs.factorise`; by magnitude if
+    the Gram matrix is not positive even with damping 1.
 
     Raises:
-        ValueError: if `num_removed` is out of range, or `m` does not divide the inputs.
+        ValueError: as `obs.remove`.
 
     Source: ALPS, NeurIPS 2024, algorithms 1 and 2 (https://arxiv.org/abs/2406.07831).
     """

@@ -47,6 +47,8 @@ def prune_component(
     flat, layers = convert.flatten(params), sites.prunable(params, component, method.scope)
     request.check({path: flat[path] for path in layers}, method)
     statistic = STATISTIC[method.method]
+    if component != "unet" and statistic in ("weighted_gram", "gradient"):
+        raise UserError(f"{method.method} reads what the UNet alone has: calls, and a loss")
     if statistic and calibrate is None:
         raise UserError(f"{method.method} reads the inputs of layers: give prompts to calibrate on")
     if not in_place:

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from sdprune_jax import UserError
-from sdprune_jax.scoring import masks
+from sdprune_jax.scoring import masks, obs
 
 
 @partial(jax.jit, static_argnames=("n", "m"))
@@ -21,22 +20,13 @@ def n_of_m(
 ) -> Bool[Array, "*taps n_in n_out"]:
     """Drops the `n` lowest scores of every `m` consecutive inputs, ties by index.
 
-    Args:
-        scores: in Flax's layout, `[in, out]` or `[kh, kw, in, out]`, and not negative.
-        n: how many to remove, as in "2:4" of Wanda and SparseGPT; others count what they keep.
-        m: inputs of a run, which starts at a multiple of `m`.
+    `n` counts what is removed, as in "2:4" of Wanda and SparseGPT; others count what they keep.
 
     Raises:
         ValueError: as `refuse_indivisible`.
     """
     refuse_indivisible({"the kernel": scores.shape}, n, m)
-    *taps, n_in, n_out = scores.shape
-    runs = scores.reshape(*taps, n_in // m, m, n_out)
-    index = jax.lax.broadcasted_iota(jnp.int32, runs.shape, runs.ndim - 2)
-    rank = jnp.zeros(runs.shape, jnp.int32)
-    for i in range(m):  # counting those before it, which needs no sort and no other device
-        other = runs[..., i : i + 1, :]
-        rank += (other < runs) | ((other == runs) & (i < index))
+    rank = obs.rank(scores.reshape(-1, m, scores.shape[-1]))
     return (rank >= n).reshape(scores.shape)
 
 
@@ -44,7 +34,7 @@ def refuse_indivisible(shapes: Mapping[str, tuple[int, ...]], n: int, m: int) ->
     """Checks, before anything is pruned, that runs of `m` fill the inputs of every layer.
 
     Args:
-        shapes: of kernels in Flax's layout, by the name to be reported.
+        shapes: shapes of kernels in Flax's layout, by the name to be reported.
         n: how many of every `m` are removed.
         m: inputs of a run.
 

@@ -1,7 +1,7 @@
 """What a method asks of the layers in scope: refused before any work if it cannot be."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -17,58 +17,55 @@ def check(kernels: Mapping[str, Any], method: Method) -> None:
 
     Args:
         kernels: arrays or `jax.ShapeDtypeStruct`s of the layers in scope.
+        method: how they are to be pruned.
 
     Raises:
         ValueError: naming the fields that clash, the overrides that match no layer, or the layers
             that do not fit the pattern.
     """
-    group, pattern = method.group, method.pattern
-    values = {field: getattr(method, field) for field in LEGAL}
     problems = [
-        f"{field} is {value!r}, expected one of {LEGAL[field]}"
-        for field, value in values.items()
-        if value not in LEGAL[field]
+        f"{field} is {value!r}, expected one of {legal}"
+        for field, legal in LEGAL.items()
+        if (value := getattr(method, field)) not in legal
     ]
-    if method.method in SOLVERS and group not in (None, "layer"):
-        problems.append(
-            f"group={group} has no meaning for {method.method}, which has its own blocks"
-        )
-    rule = (method.method, group or "layer", pattern, method.allocation)
-    is_plain = not (method.overrides or method.band)
-    if method.method == "taylor" and group == "normalised":
-        problems.append("group=normalised has no meaning for taylor, whose scores are of one scale")
-    if method.threshold == "rz" and (
-        rule != ("magnitude", "layer", "unstructured", "uniform") or not is_plain
-    ):
-        problems.append("threshold=rz is a rule of uniform layer-wise magnitude only")
-    if (group or "layer") not in ("layer", "output"):
-        if method.allocation == "owl":
-            problems.append(
-                f"allocation=owl gives every layer its own sparsity; group={group} none"
-            )
-        if method.overrides:
-            problems.append(f"overrides give layers their own sparsity; group={group} none")
-    if pattern != "unstructured":
-        n, m = n_and_m(pattern)
-        if method.sparsity != n / m:
-            problems.append(f"pattern={pattern} removes {n / m:g}; set sparsity to that")
-        if method.allocation != "uniform" or group not in (None, "layer"):
-            problems.append(f"pattern={pattern} leaves nothing to allocate or to compare")
-    if method.band:
-        problems += _band_problems(method)
+    if not problems:
+        problems = [*_clashes(method), *(_band_problems(method) if method.band else ())]
     own: Mapping[str, float] = {}
     sizes = {path: math.prod(kernel.shape) for path, kernel in kernels.items()}
     try:
         own = own_sparsities(kernels, method)
-        if pattern == "unstructured":
+        if method.pattern == "unstructured":
             allocate.remaining(sizes, method.sparsity, own)
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        raise UserError("config.prune is not possible: " + "; ".join(problems))
-    if pattern != "unstructured":
+        raise UserError("pruning is not possible so: " + "; ".join(problems))
+    if method.pattern != "unstructured":
         shapes = {convert.torch_key(p): x.shape for p, x in kernels.items() if p not in own}
-        patterns.refuse_indivisible(shapes, *n_and_m(pattern))
+        patterns.refuse_indivisible(shapes, *n_and_m(method.pattern))
+
+
+def _clashes(method: Method) -> Iterator[str]:
+    """Says which fields do not go together."""
+    group, pattern = method.group or "layer", method.pattern
+    if method.method in SOLVERS and group != "layer":
+        yield f"group={group} has no meaning for {method.method}, which has its own blocks"
+    if method.method == "taylor" and group == "normalised":
+        yield "group=normalised has no meaning for taylor, whose scores are of one scale"
+    rule = (method.method, group, pattern, method.allocation)
+    is_plain = rule == ("magnitude", "layer", "unstructured", "uniform")
+    if method.threshold == "rz" and not (is_plain and not (method.overrides or method.band)):
+        yield "threshold=rz is a rule of uniform layer-wise magnitude only"
+    if group not in ("layer", "output") and method.allocation == "owl":
+        yield f"allocation=owl gives every layer its own sparsity; group={group} none"
+    if group not in ("layer", "output") and method.overrides:
+        yield f"overrides give layers their own sparsity; group={group} none"
+    if pattern != "unstructured":
+        n, m = n_and_m(pattern)
+        if method.sparsity != n / m:
+            yield f"pattern={pattern} removes {n / m:g}; set sparsity to that"
+        if method.allocation != "uniform" or group != "layer":
+            yield f"pattern={pattern} leaves nothing to allocate or to compare"
 
 
 def n_and_m(pattern: str) -> tuple[int, int]:
@@ -103,20 +100,18 @@ def num_removed(sizes: Mapping[str, int], method: Method) -> int:
     return alone + sum(allocate.uniform(others, method.sparsity).values())
 
 
-def _band_problems(method: Method) -> list[str]:
+def _band_problems(method: Method) -> Iterator[str]:
     """Says what a band clashes with."""
-    band, problems = method.band or (), []
-    field = f"band={tuple(band)}"
+    band = tuple(method.band or ())
     if len(band) != 2 or not 0 <= band[0] < band[1] <= 1 or band[1] - band[0] == 1:
-        problems.append(f"{field} is no (low, high) with 0 <= low < high <= 1, less than all")
-    elif (width := Fraction(str(band[1])) - Fraction(str(band[0]))) != Fraction(
-        str(method.sparsity)
-    ):
-        problems.append(f"{field} removes {float(width):g}; set sparsity to that")
+        yield f"band={band} is no (low, high) with 0 <= low < high <= 1, less than all"
+    else:
+        width = Fraction(str(band[1])) - Fraction(str(band[0]))
+        if width != Fraction(str(method.sparsity)):
+            yield f"band={band} removes {float(width):g}; set sparsity to that"
     if method.method in SOLVERS:
-        problems.append(f"{field} has no meaning for {method.method}, which has no scores")
+        yield f"band={band} has no meaning for {method.method}, which has no scores"
     if (method.group or "layer") not in ("layer", "output"):
-        problems.append(f"{field} is of every layer; group={method.group} compares layers")
+        yield f"band={band} is of every layer; group={method.group} compares layers"
     if method.pattern != "unstructured" or method.allocation != "uniform" or method.overrides:
-        problems.append(f"{field} is the same in every layer: no pattern, allocation or overrides")
-    return problems
+        yield f"band={band} is the same in every layer: no pattern, allocation or overrides"

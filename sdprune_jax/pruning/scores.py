@@ -16,13 +16,7 @@ from jaxtyping import Array, Float, Key
 def random(
     key: Key[Array, ""], name: str, kernel: Float[Array | np.ndarray, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """Independent and uniform in (0, 1], the same on any number of devices.
-
-    Args:
-        key: the same for all layers of a component.
-        name: layer, which draws scores of its own.
-        kernel: only its shape and its zeros count.
-    """
+    """Independent and uniform in (0, 1] for each layer, the same on any number of devices."""
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))  # the same in every process
     drawn = 1 - jax.random.uniform(key, kernel.shape)
     return jnp.where(jnp.asarray(kernel) == 0, 0, drawn)
@@ -71,9 +65,7 @@ def taylor(
 ) -> Float[Array | np.ndarray, "*shape"]:
     """First-order change of the loss when the weight is removed, without its sign.
 
-    Args:
-        kernel: in any layout.
-        gradient: slope of the loss by the kernel, summed over timesteps with its sign.
+    The gradient is summed over timesteps before, with its sign.
 
     Source: Diff-Pruning (https://arxiv.org/abs/2305.10924), a weight at a time.
     """

@@ -22,7 +22,7 @@ class Setup:
     config: Any
     mesh: Mesh
     layers: tuple[tuple[str, int], ...]  # path of the kernel, and number of inputs
-    statistic: str
+    statistic: recorder.Statistic
     fraction: float = 1.0
     guided: bool = False
 

@@ -16,7 +16,7 @@ from sdprune_jax.files import convert
 from sdprune_jax.files.model_directory import ModelConfig
 from sdprune_jax.models import clip, samplers, unet
 from sdprune_jax.scoring import accumulate, inputs, recorder
-from sdprune_jax.scoring.recorder import LayerStats, Stats
+from sdprune_jax.scoring.recorder import LayerStats, Statistic, Stats
 from sdprune_jax.scoring.settings import CalibrationSettings
 
 
@@ -26,22 +26,13 @@ def text_statistics(
     mesh: Mesh,
     ids: Int[np.ndarray, "prompts n"],
     paths: Sequence[str],
-    statistic: str,
+    statistic: Statistic,
     settings: CalibrationSettings,
 ) -> Stats:
     """Runs prompts through the text encoder and sums what its layers read.
 
-    Args:
-        config: architecture of the text encoder.
-        params: its parameters.
-        mesh: batches are split over all of its axes.
-        ids: tokens of the prompts, padded.
-        paths: kernels of the layers to calibrate.
-        statistic: "moments" or "gram".
-        settings: prompts at once, and whether pads count.
-
     Returns:
-        Statistics by kernel. Layers that read the same input hold the same arrays.
+        Statistics by path of the kernel. Layers that read the same input hold the same arrays.
 
     Raises:
         ValueError: naming layers that read nothing, or a value that is not finite.
@@ -66,7 +57,7 @@ def unet_statistics(
     mesh: Mesh,
     text: Float[np.ndarray, "rows n d"],
     paths: Sequence[str],
-    statistic: str,
+    statistic: Statistic,
     key: Key[Array, ""],
     settings: CalibrationSettings,
 ) -> Stats:
@@ -77,17 +68,17 @@ def unet_statistics(
     fewer than the inputs, and a Gram matrix without rank fits its update to them alone.
 
     Args:
-        model: the configs of a diffusers directory.
-        params: parameters of its UNet.
+        model: architecture and schedule.
+        params: parameters of the UNet.
         mesh: batches are split over all of its axes.
         text: last hidden states of the prompts and, in the last row, of the negative prompt.
         paths: kernels of the layers to calibrate.
-        statistic: "moments" or "gram".
+        statistic: what is summed.
         key: draws the noise, and the positions that Gram matrices of convolutions read.
         settings: sampler, guidance and weights.
 
     Returns:
-        Statistics by kernel. Layers that read the same input hold the same arrays.
+        As `text_statistics`.
 
     Raises:
         ValueError: naming layers that read nothing, or a value that is not finite; or if the
@@ -114,17 +105,12 @@ def lower_unet(
     model: ModelConfig,
     mesh: Mesh,
     paths: Sequence[str],
-    statistic: str,
+    statistic: Statistic,
     settings: CalibrationSettings,
 ) -> jax.stages.Lowered:
     """The program that `unet_statistics` runs for every batch of prompts, from shapes alone.
 
-    Args:
-        model: the configs of a diffusers directory.
-        mesh: its devices need not be there.
-        paths: kernels to calibrate; at least one of them neither of time nor of text alone.
-        statistic: "moments" or "gram".
-        settings: sampler and guidance.
+    The devices of the mesh need not be there. One of the layers has to read the picture.
     """
     apart = (*inputs.TIME, inputs.TEXT)  # read no picture
     leaders = [group[0] for name, group in inputs.groups(paths).items() if name not in apart]
@@ -153,7 +139,7 @@ def lower_unet(
 
 
 def _time_statistics(
-    model: ModelConfig, params: Any, statistic: str, settings: CalibrationSettings
+    model: ModelConfig, params: Any, statistic: Statistic, settings: CalibrationSettings
 ) -> Stats:
     """Statistics of the inputs of the time embedding's layers at all timesteps."""
     num = model.schedule.num_train_timesteps
@@ -165,7 +151,7 @@ def _time_statistics(
 def _text_state_statistics(
     model: ModelConfig,
     text: Float[np.ndarray, "rows n d"],
-    statistic: str,
+    statistic: Statistic,
     settings: CalibrationSettings,
 ) -> LayerStats:
     """Statistics of the text states, which every call of the UNet reads."""
@@ -207,7 +193,7 @@ def _setup(
     params: Any,
     mesh: Mesh,
     paths: Sequence[str],
-    statistic: str,
+    statistic: Statistic,
     settings: CalibrationSettings,
 ) -> accumulate.Setup:
     layers, guided = _inputs_of_each(params, paths), settings.guidance_scale > 1

@@ -24,7 +24,7 @@ class Calibration:
     """Runs prompts through a component as it is at the time.
 
     Attributes:
-        settings: how.
+        settings: prompts at once, sampler, guidance and weights.
         model: the dense model, whose directory holds the tokenizer and the text encoder.
         component: "text_encoder" or "unet".
         mesh: batches are split over all of its axes.
@@ -77,25 +77,24 @@ class Calibration:
                 calls count as `timestep_weights` says and not all the same; or "gradient", the
                 sums of the loss's gradients by the kernels.
         """
-        start, shapes = (
-            time.perf_counter(),
-            model_directory.param_shapes(self.model, self.component),
-        )
+        start, model, settings = time.perf_counter(), self.model, self.settings
         params = convert.unflatten(
-            {path: jnp.asarray(x, jnp.float32) for path, x in flat.items()}, shapes
+            {path: jnp.asarray(x, jnp.float32) for path, x in flat.items()},
+            model_directory.param_shapes(model, self.component),
         )
+        plain: Any = statistic.removeprefix("weighted_")
         found: Mapping[str, Stat]
         if statistic == "gradient":
             grads = convert.flatten(self.gradient_sums(params).grads)
             found = {path: grads[path] for path in paths}
         elif self.component == "text_encoder":
-            ids = self._ids(self.prompts)
-            text_config, settings = self.model.text_encoder, self.settings
-            found = calibrate.text_statistics(
-                text_config, params, self.mesh, ids, paths, statistic, settings
-            )
+            rest = (params, self.mesh, self._ids(self.prompts), paths, plain, settings)
+            found = calibrate.text_statistics(model.text_encoder, *rest)
         else:
-            found = self._unet_statistics(params, paths, statistic)
+            if statistic != "weighted_gram":
+                settings = dataclasses.replace(settings, timestep_weights="uniform")
+            rest = (self.text_states(), paths, plain, jax.random.key(self.seed), settings)
+            found = calibrate.unet_statistics(model, params, self.mesh, *rest)
         jax.block_until_ready(found)
         self.seconds += time.perf_counter() - start
         return found
@@ -103,10 +102,8 @@ class Calibration:
     def gradient_sums(self, params: Any) -> gradients.Sums:
         """The gradients of the loss of embedded pictures by the UNet's parameters."""
         assert self.component == "unet", "no other component has a denoising loss"
-        settings = self.settings.gradients
-        return gradients.of_pictures(
-            self.model, params, self.mesh, settings, self.seed, self.variant
-        )
+        rest = (self.settings.gradients, self.seed, self.variant)
+        return gradients.of_pictures(self.model, params, self.mesh, *rest)
 
     def text_states(self) -> Float[np.ndarray, "rows n d"]:
         """Last hidden states of the prompts and, in the last row, of no text."""
@@ -117,18 +114,6 @@ class Calibration:
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
         encode = jax.jit(clip.TextTower(text_config).apply)
         return np.asarray(encode({"params": params}, self._ids([*self.prompts, ""])))
-
-    def _unet_statistics(
-        self, params: Any, paths: Sequence[str], statistic: str
-    ) -> Mapping[str, Stat]:
-        settings = self.settings
-        if statistic != "weighted_gram":
-            settings = dataclasses.replace(settings, timestep_weights="uniform")
-        text, key = self.text_states(), jax.random.key(self.seed)
-        statistic = statistic.removeprefix("weighted_")
-        return calibrate.unet_statistics(
-            self.model, params, self.mesh, text, paths, statistic, key, settings
-        )
 
     def _ids(self, texts: Sequence[str]) -> Int32[np.ndarray, "rows n"]:
         length = self.model.text_encoder.max_position_embeddings

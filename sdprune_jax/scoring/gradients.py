@@ -1,6 +1,5 @@
 """Gradients of the denoising loss by the UNet's parameters, summed over timesteps."""
 
-import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,8 +65,8 @@ def sums(
     """Sums, over timesteps, the gradient of the loss of the same pictures under the same noise.
 
     Args:
-        model: the configs of a diffusers directory.
-        params: float32 parameters of its UNet.
+        model: architecture and schedule.
+        params: float32 parameters of the UNet.
         mesh: batches are split over all of its axes.
         latents: clean latents, scaled as the UNet knows them.
         text: last hidden states of the prompt of each.
@@ -86,7 +85,7 @@ def sums(
             f" {mesh.size} devices"
         )
     alphas = noise_schedule.alphas_cumprod(model.schedule).astype(np.float32)
-    setup = _Setup(model.unet, model.schedule.prediction_type, mesh)
+    add = partial(_add, model.unet, model.schedule.prediction_type, mesh)
     shardings = sharding.fsdp_shardings(model_directory.param_shapes(model, "unet"), mesh)
     params = sharding.place(params, shardings)
     zeros, losses = jax.tree.map(jnp.zeros_like, params), []
@@ -101,7 +100,7 @@ def sums(
             batch = (latents[rows], noise, text[rows].astype(np.float32), weight)
             batch = sharding.place(batch, sharding.batch_sharding(mesh))
             at = jnp.int32(timestep), jnp.float32(alphas[timestep])
-            grads, part = _add(setup, params, grads, *batch, *at)
+            grads, part = add(params, grads, *batch, *at)
             loss += float(part)
         if loss < settings.loss_threshold * max(losses, default=0):
             logging.info("timesteps from %d on have too small a loss to count", timestep)
@@ -111,18 +110,11 @@ def sums(
     return Sums(jax.tree.map(sharding.to_host, total), losses)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setup:
-    """What the compiled functions depend on, beside the shapes of their arguments."""
-
-    config: unet.UNetConfig
-    prediction_type: str
-    mesh: Mesh
-
-
-@partial(jax.jit, static_argnames="setup", donate_argnames="grads")
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="grads")
 def _add(
-    setup: _Setup,
+    config: unet.UNetConfig,
+    prediction_type: str,
+    mesh: Mesh,
     params: Any,
     grads: Any,
     x0: Float[Array, "b h w c"],
@@ -134,15 +126,15 @@ def _add(
 ) -> tuple[Any, Float[Array, ""]]:
     """Adds the gradient of a weighted loss; also returns that loss."""
     alphas = jnp.broadcast_to(alpha, weight.shape)
-    target = noise_schedule.training_target(x0, noise, alphas, setup.prediction_type)
+    target = noise_schedule.training_target(x0, noise, alphas, prediction_type)
     noisy = noise_schedule.add_noise(x0, noise, alphas)
     timesteps = jnp.broadcast_to(timestep, weight.shape)
 
     def loss_of(params: Any) -> Float[Array, ""]:
-        out: Any = unet.UNet(setup.config).apply({"params": params}, noisy, timesteps, text)
+        out: Any = unet.UNet(config).apply({"params": params}, noisy, timesteps, text)
         return jnp.sum(weight * jnp.mean((out - target) ** 2, axis=(1, 2, 3)))
 
     loss, new = jax.value_and_grad(loss_of)(params)
     grads = jax.tree.map(jnp.add, grads, new)
-    places = sharding.fsdp_shardings(grads, setup.mesh)
+    places = sharding.fsdp_shardings(grads, mesh)
     return jax.lax.with_sharding_constraint(grads, places), loss

@@ -92,7 +92,7 @@ def remove(
 
     Args:
         kernel: weights of the layer.
-        factor: of the layer's inputs.
+        factor: Gram matrix of its inputs.
         num_removed: how many of all weights, in [0, size), or of every run of `m`, in (0, m).
         m: consecutive inputs of an output that make a run; None removes weights anywhere.
         block_size: inputs whose weights are chosen together, a multiple of `m`.
@@ -142,13 +142,7 @@ def relative_error(
     pruned: Float[Array | np.ndarray, "*ins n_out"],
     stats: LayerStats,
 ) -> Float[Array, ""]:
-    """`output_error` as a share of the outputs' own squares: 0 if none moves, 1 if all are lost.
-
-    Args:
-        kernel: dense weights, in Flax's layout.
-        pruned: the same layer after pruning.
-        stats: their moment is a Gram matrix.
-    """
+    """`output_error` as a share of the outputs' own squares: 0 if none moves, 1 if all are lost."""
     before, after = (jnp.asarray(x, jnp.float32).reshape(-1, x.shape[-1]) for x in (kernel, pruned))
     whole = output_error(before, jnp.zeros_like(before), stats)
     return output_error(before, after, stats) / jnp.where(whole > 0, whole, 1)
@@ -212,13 +206,8 @@ def _eliminate(
 ) -> tuple[Float[Array, "n_in n_out"], Bool[Array, "n_in n_out"], Float[Array, ""]]:
     """Goes through the inputs block by block.
 
-    Args:
-        kernel: weights of the layer.
-        upper: of its factor.
-        forced: weights removed whatever their score; they are set to 0 first.
-        num_removed: for each block or, with `m`, for every run of `m` inputs.
-        block_size: inputs.
-        m: inputs in a run, or None.
+    `forced` weights go whatever their score; `num_removed` is for each block or, with `m`, for
+    every run of `m` inputs.
     """
     n_in = len(kernel)
     kernel = jnp.where(forced, 0, kernel)

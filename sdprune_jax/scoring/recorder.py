@@ -6,7 +6,7 @@ in the order of its kernel: `kernel.reshape(-1, c_out)`, so kernel row, kernel c
 
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 from sdprune_jax import UserError
 from sdprune_jax.files import convert
 
-STATISTICS = ("moments", "gram")
+Statistic = Literal["moments", "gram"]
 
 
 class LayerStats(NamedTuple):
@@ -47,7 +47,7 @@ def apply_and_record(
     params: Any,
     inputs: Sequence[Any],
     layers: Collection[str],
-    statistic: str,
+    statistic: Statistic,
     weight: Float[Array, " b"] | Float[Array, "b n"],
     fraction: float = 1.0,
     key: Key[Array, ""] | None = None,
@@ -59,7 +59,7 @@ def apply_and_record(
         params: parameters of the model.
         inputs: the model's further arguments.
         layers: dotted paths of kernels.
-        statistic: "moments", or "gram", which is `n_in` times as large.
+        statistic: a Gram matrix is `n_in` times as large as second moments.
         weight: how much each sample or each token counts. Not negative; 0 leaves it out.
         fraction: share of the positions of an image that the Gram matrix of a convolution reads,
             in (0, 1]. They are drawn anew for each layer and count for all, so that the sum is
@@ -72,7 +72,6 @@ def apply_and_record(
     Raises:
         ValueError: naming the layers that the model did not call.
     """
-    assert statistic in STATISTICS, statistic
 
     def record(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
@@ -102,7 +101,7 @@ def apply_and_record(
 def of_rows(
     x: Float[Array, "b *middle n_in"],
     weight: Float[Array, " b"] | Float[Array, "b n"],
-    statistic: str,
+    statistic: Statistic,
 ) -> LayerStats:
     """The statistic of the rows of an array, each with the weight of its sample or token."""
     each = weight.reshape(*weight.shape, *[1] * (x.ndim - weight.ndim)).astype(jnp.float32)
@@ -162,7 +161,7 @@ def _of_convolution(
     layer: nn.Conv,
     x: Float[Array, "b h w c"],
     weight: Float[Array, " b"],
-    statistic: str,
+    statistic: Statistic,
     fraction: float,
     key: Key[Array, ""] | None,
 ) -> LayerStats:

@@ -107,7 +107,7 @@ def slice_unet(
     """Cuts units or blocks out of a UNet, whose parameters stay as they are.
 
     Args:
-        model: the configs of a diffusers directory.
+        model: architecture of the whole model.
         params: float32 parameters of its UNet.
         criterion: what goes, and how much.
         calibration: of the UNet; needed where the criterion reads prompts or pictures.

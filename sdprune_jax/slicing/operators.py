@@ -32,8 +32,8 @@ def score(
     serves all of them.
 
     Args:
-        model: the configs of a diffusers directory.
-        params: float32 parameters of its UNet.
+        model: architecture and schedule.
+        params: float32 parameters of the UNet.
         mesh: batches are split over all of its axes.
         text: last hidden states of the prompts and, in the last row, of the negative prompt.
         names: sites to remove, among those of `sites.operators`.

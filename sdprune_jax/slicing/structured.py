@@ -58,11 +58,8 @@ def taylor(
 ) -> dict[str, Float64[np.ndarray, " _units"]]:
     """Change of the loss when all parameters of a unit go, to first order, without its sign.
 
-    Args:
-        params: parameters of the UNet.
-        grads: gradient of the loss by them, summed over timesteps.
-        config: architecture of the UNet.
-        signs_cancel: the changes of a unit's single weights are summed with their signs.
+    `grads` are summed over timesteps. Within a unit, the changes of single weights are summed with
+    their signs or, unless `signs_cancel`, without.
 
     Source: Molchanov et al. 2019 (https://arxiv.org/abs/1906.10771), and Diff-Pruning, equation 8
         (https://arxiv.org/abs/2305.10924), without cancellation.

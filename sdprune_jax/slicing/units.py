@@ -19,14 +19,8 @@ def remove(
     Made for what closes a site: the kernel of `to_out.0` with heads as units, of `net.2` with runs
     of neurons. The rows of removed units are 0; `sites.slice_params` deletes them.
 
-    Args:
-        kernel: weights of the layer.
-        factor: of the layer's inputs.
-        unit_size: consecutive inputs of a unit.
-        num_removed: units to remove, fewer than there are.
-
     Returns:
-        A solution whose `keep` has one entry a unit.
+        A solution whose `keep` has one entry a unit, which is `unit_size` consecutive inputs.
 
     Raises:
         ValueError: if the inputs are not made of units, or none would be left.
