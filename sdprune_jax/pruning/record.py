@@ -14,7 +14,7 @@ from sdprune_jax.files import convert, model_directory, tensors
 from sdprune_jax.pruning.methods import Method, Override
 from sdprune_jax.pruning.selection import Pruned
 
-_BINS = 64  # of a histogram, over 4 standard deviations to either side
+_BINS = 64  # in a histogram, over 4 standard deviations to either side
 _SAMPLED = 4 * 2**20  # weights in a histogram, at most
 _COMPRESSED = 4 * 2**20  # bytes of a tensor, at most, that are compressed to estimate a size
 
@@ -25,7 +25,7 @@ class LayerRecord:
 
     Attributes:
         name: the layer's PyTorch name, without `.weight`.
-        shape: of its weight in PyTorch.
+        shape: axes of its weight in PyTorch.
         weights: how many there are.
         zeros: how many are 0 now.
         threshold: the largest magnitude that was removed.
@@ -59,7 +59,7 @@ class ComponentRecord:
     """What became of one component.
 
     Attributes:
-        requested: the sparsity that was asked for, of the weights in scope.
+        requested: the sparsity of the weights in scope that the method was to reach.
         prunable: weights in scope.
         zeros: how many of these are 0 now.
         zeros_before: how many were 0 before.

@@ -23,8 +23,7 @@ class Setup:
     mesh: Mesh
     layers: tuple[tuple[str, int], ...]  # path of the kernel, and number of inputs
     statistic: recorder.Statistic
-    fraction: float = 1.0
-    guided: bool = False
+    fraction: float = 1.0  # share of positions that the Gram matrix of a convolution reads
 
     @property
     def paths(self) -> list[str]:
@@ -50,7 +49,7 @@ def add_trajectories(
     noise: Float[Array, "b h w c"],
     text: Float[Array, "b n d"],
     weight: Float[Array, " b"],
-    negative: Float[Array, "1 n d"],
+    negative: Float[Array, "1 n d"] | None,
     table: samplers.Timetable,
     alphas: Float[Array, " calls"],
     guidance_scale: Float[Array, ""],
@@ -58,7 +57,7 @@ def add_trajectories(
 ) -> Stats:
     """`stats` and what denoising one batch adds; calls count by `alphas`, prompts by `weight`."""
     apply: Any = unet.UNet(setup.config).apply
-    if setup.guided:
+    if negative is not None:
         weight = jnp.concatenate([weight, weight])
 
     def predict(stats: Stats, x: Any, timestep: Any, text: Any, alpha: Any, number: Any) -> Any:
@@ -69,12 +68,10 @@ def add_trajectories(
         )
         return _add(setup, stats, new), out
 
-    away_from = negative if setup.guided else None
     per_call = (alphas, jnp.arange(len(alphas)))
-    _, stats = pipeline.denoise(
-        predict, table, noise, text, away_from, guidance_scale, carry=stats, per_call=per_call
-    )
-    return stats
+    return pipeline.denoise(
+        predict, table, noise, text, negative, guidance_scale, carry=stats, per_call=per_call
+    )[1]
 
 
 of_rows = jax.jit(recorder.of_rows, static_argnames="statistic")

@@ -131,10 +131,11 @@ def lower_unet(
     )
     text = (model.text_encoder.max_position_embeddings, model.text_encoder.hidden_size)
     batch = (shape(size, *axes, place=split) for axes in (_noise_shape(model), text, ()))
+    negative = shape(1, *text) if settings.guidance_scale > 1 else None
     calls = on_all(jax.tree.map(jnp.asarray, table)), shape(len(table.timestep)), shape()
     key = on_all(jax.eval_shape(lambda: jax.random.key(0)))
     return accumulate.add_trajectories.lower(
-        setup, on_all(params), stats, *batch, shape(1, *text), *calls, key
+        setup, on_all(params), stats, *batch, negative, *calls, key
     )
 
 
@@ -177,14 +178,13 @@ def _walk(
     alphas = jnp.asarray(settings.call_weights(len(table.timestep)))
     calls = (jax.tree.map(jnp.asarray, table), alphas, jnp.float32(settings.guidance_scale))
     noise_key, position_key = jax.random.split(key)
+    negative = jnp.asarray(text[-1:]) if settings.guidance_scale > 1 else None
     stats, shape = accumulate.zeros(setup), _noise_shape(model)
     for rows, weight in _batches(len(text) - 1, settings.batch_size):
         noise = pipeline.image_noise(noise_key, jnp.asarray(rows), shape)
         batch = _split(setup.mesh, noise, text[rows], weight)
         drawn = jax.random.fold_in(position_key, rows[0])
-        stats = accumulate.add_trajectories(
-            setup, params, stats, *batch, jnp.asarray(text[-1:]), *calls, drawn
-        )
+        stats = accumulate.add_trajectories(setup, params, stats, *batch, negative, *calls, drawn)
     return stats
 
 
@@ -196,8 +196,8 @@ def _setup(
     statistic: Statistic,
     settings: CalibrationSettings,
 ) -> accumulate.Setup:
-    layers, guided = _inputs_of_each(params, paths), settings.guidance_scale > 1
-    return accumulate.Setup(model.unet, mesh, layers, statistic, settings.position_fraction, guided)
+    layers = _inputs_of_each(params, paths)
+    return accumulate.Setup(model.unet, mesh, layers, statistic, settings.position_fraction)
 
 
 def _noise_shape(model: ModelConfig) -> tuple[int, int, int]:

@@ -30,7 +30,7 @@ class Calibration:
         mesh: batches are split over all of its axes.
         prompts: texts to run; gradients are of pictures instead.
         seed: draws noise, positions and pictures.
-        variant: of the model's files, such as "fp16".
+        variant: which files of the model are read, such as "fp16".
         text_params: parameters of the text encoder; None reads those of the model's directory.
         seconds: time taken so far.
     """
@@ -83,21 +83,21 @@ class Calibration:
             model_directory.param_shapes(model, self.component),
         )
         plain: Any = statistic.removeprefix("weighted_")
-        found: Mapping[str, Stat]
+        stats: Mapping[str, Stat]
         if statistic == "gradient":
             grads = convert.flatten(self.gradient_sums(params).grads)
-            found = {path: grads[path] for path in paths}
+            stats = {path: grads[path] for path in paths}
         elif self.component == "text_encoder":
             rest = (params, self.mesh, self._ids(self.prompts), paths, plain, settings)
-            found = calibrate.text_statistics(model.text_encoder, *rest)
+            stats = calibrate.text_statistics(model.text_encoder, *rest)
         else:
             if statistic != "weighted_gram":
                 settings = dataclasses.replace(settings, timestep_weights="uniform")
             rest = (self.text_states(), paths, plain, jax.random.key(self.seed), settings)
-            found = calibrate.unet_statistics(model, params, self.mesh, *rest)
-        jax.block_until_ready(found)
+            stats = calibrate.unet_statistics(model, params, self.mesh, *rest)
+        jax.block_until_ready(stats)
         self.seconds += time.perf_counter() - start
-        return found
+        return stats
 
     def gradient_sums(self, params: Any) -> gradients.Sums:
         """The gradients of the loss of embedded pictures by the UNet's parameters."""

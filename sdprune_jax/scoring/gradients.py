@@ -48,9 +48,9 @@ def of_pictures(
     pairs = emoji.Pairs(*(x[rows] for x in pairs))
     of_each = config.RouterData(captions_per_image=1)
     texts = pictures.prompts(of_each, pairs, "train", seed).texts
-    found = encoded.examples(of_each, model, pairs, texts, mesh, None, variant)
-    latents = found.mean[:, 0] * np.float32(model.vae.scaling_factor)
-    return sums(model, params, mesh, latents, found.states, settings, seed)
+    examples = encoded.examples(of_each, model, pairs, texts, mesh, None, variant)
+    latents = examples.mean[:, 0] * np.float32(model.vae.scaling_factor)
+    return sums(model, params, mesh, latents, examples.states, settings, seed)
 
 
 def sums(

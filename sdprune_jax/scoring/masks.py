@@ -58,7 +58,7 @@ def lowest_of_rows(scores: Shaped[np.ndarray, "rows n"], k: int) -> Bool[np.ndar
     bits &= _LAST
     threshold = np.partition(bits, k - 1, axis=1)[:, k - 1 : k]
     keep, is_tied = bits > threshold, bits == threshold
-    num_kept = scores.shape[1] - k - np.count_nonzero(keep, axis=1)  # of these, the last
+    num_kept = scores.shape[1] - k - np.count_nonzero(keep, axis=1)  # the last at the threshold
     for row in np.flatnonzero(num_kept):
         keep[row, np.flatnonzero(is_tied[row])[-num_kept[row] :]] = True
     return keep
@@ -73,7 +73,7 @@ def lowest(scores: Float[Array, "*shape"], k: Int[ArrayLike, ""]) -> Bool[Array,
     number = jnp.asarray(k, jnp.int32)
     bits = lambda: jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32) & _LAST
     threshold = _kth(bits, number)
-    num_tied = number - _count(bits() < threshold)  # of those at the threshold, how many to drop
+    num_tied = number - _count(bits() < threshold)  # how many at it to drop
     is_tied, index = lambda: bits() == threshold, lambda: _flat_index(scores.shape)
     first_kept: Any = jax.lax.cond(
         num_tied > 0,
@@ -106,17 +106,17 @@ def _kth(keys: Callable[[], Int[Array, "*shape"]], k: Any) -> Int[Array, ""]:
     That is the largest integer with at most `k` keys below it, built from its highest byte down.
     """
 
-    def add_byte(i: Int[Array, ""], found: Int[Array, ""]) -> Int[Array, ""]:
+    def add_byte(i: Int[Array, ""], key: Int[Array, ""]) -> Int[Array, ""]:
         shift = 24 - 8 * i
         # One byte a key says all that matters here, and is a quarter of the traffic: keys that
-        # differ from `found` in a higher byte clip to the right side.
-        code = jnp.clip((keys() >> shift) - (found >> shift), 0, 255).astype(jnp.uint8)
+        # differ from `key` in a higher byte clip to the right side.
+        code = jnp.clip((keys() >> shift) - (key >> shift), 0, 255).astype(jnp.uint8)
 
         def add_bit(j: Int[Array, ""], byte: Int[Array, ""]) -> Int[Array, ""]:
             higher = byte + (128 >> j)
             return jnp.where(_count(code < higher.astype(jnp.uint8)) <= k, higher, byte)
 
-        return found + (jax.lax.fori_loop(0, 8, add_bit, jnp.int32(0)) << shift)
+        return key + (jax.lax.fori_loop(0, 8, add_bit, jnp.int32(0)) << shift)
 
     # `keys` is called in the loop so that it fuses: as a captured array it would be stored.
     return jax.lax.fori_loop(0, 4, add_byte, jnp.int32(0))

@@ -110,7 +110,7 @@ def slice_unet(
         model: architecture of the whole model.
         params: float32 parameters of its UNet.
         criterion: what goes, and how much.
-        calibration: of the UNet; needed where the criterion reads prompts or pictures.
+        calibration: needed where the criterion runs the UNet; None otherwise.
         seed: draws units, and the noise under which operators are scored.
 
     Raises:

@@ -59,7 +59,7 @@ def score(
     params = sharding.place(params, shardings)
     size, key = model.unet.sample_size, jax.random.key(seed)
     shape = (size, size, model.unet.in_channels)
-    text, negative = text[:-1], text[-1:]
+    text, negative = text[:-1], text[-1:] if settings.guidance_scale > 1 else None
 
     def statistics(gates: Float32[np.ndarray, " names"]) -> Float64[np.ndarray, "2 latent"]:
         batches = []
@@ -95,7 +95,7 @@ def _make_sample(
         params: Any,
         noise: Float[Array, "b h w c"],
         text: Float[Array, "b n d"],
-        negative: Float[Array, "1 n d"],
+        negative: Float[Array, "1 n d"] | None,
         gates: Float[Array, " names"],
     ) -> Float[Array, "b h w c"]:
         def predict(carry: None, x: Any, timestep: Any, text: Any) -> Any:
@@ -105,8 +105,6 @@ def _make_sample(
             }
             return carry, apply({"params": params}, x, timestep, text, own)
 
-        scale = settings.guidance_scale
-        away_from = negative if scale > 1 else None
-        return pipeline.denoise(predict, table, noise, text, away_from, scale)[0]
+        return pipeline.denoise(predict, table, noise, text, negative, settings.guidance_scale)[0]
 
     return sample
