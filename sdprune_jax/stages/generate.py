@@ -88,7 +88,7 @@ def _draw(
     size: tuple[int, int],
     mesh: Mesh,
     variant: str,
-) -> tuple[UInt8[np.ndarray, "n h w 3"], collections.Counter[str]]:
+) -> tuple[UInt8[np.ndarray, "n h w 3"], dict[str, float]]:
     """Returns the pictures of a model, or of its experts, and what they took in seconds."""
     section = run.generate
     assert section is not None
@@ -109,7 +109,7 @@ def _draw(
         )
         pictures |= zip(index, images, strict=True)
         seconds.update(times)
-    return np.stack([pictures[i] for i in range(len(prompts))]), seconds
+    return np.stack([pictures[i] for i in range(len(prompts))]), dict(seconds)
 
 
 def _protocol(
