@@ -165,7 +165,7 @@ def identity(output: Output) -> str:
     return _hash([values["made_from"], values["files"]])
 
 
-def made_from(output: Output) -> dict[str, Any]:
+def inputs_of(output: Output) -> dict[str, Any]:
     """Returns what an output was made from, as its record says."""
     return sharding.shared(lambda: _values(output.record)["made_from"])
 

@@ -16,7 +16,7 @@ from absl import app
 
 from sdprune_jax import UserError, config, sharding
 from sdprune_jax.config import checks, command_line
-from sdprune_jax.files import lock, tensors
+from sdprune_jax.files import lock
 
 
 def main(command: command_line.Command) -> None:
@@ -48,8 +48,7 @@ def run_stages(run: config.Run) -> list[pathlib.Path]:
     mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp)
     check(run, mesh.size)
     with lock.alone(run.workdir):
-        if jax.process_index() == 0:
-            save(run)
+        lock.save_config(run.workdir, dataclasses.asdict(run))
         return [stage.run(run, mesh) for stage in stages_of(run)]
 
 
@@ -72,16 +71,6 @@ def check(run: config.Run, num_devices: int) -> None:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
-
-
-def save(run: config.Run) -> None:
-    """Writes `workdir/config.json`, whole or not at all."""
-    path = pathlib.Path(run.workdir) / "config.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors.write_json(path, dataclasses.asdict(run))
-    except OSError as error:
-        raise UserError(lock.unwritable(run.workdir, error)) from error
 
 
 if __name__ == "__main__":

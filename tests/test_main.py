@@ -170,7 +170,7 @@ def test_what_evaluate_lacks_is_told_before_any_stage_runs(tmp_path):
 def test_workdir_that_cannot_be_written_is_refused(file):
     for path in (file / "below", file.with_name(256 * "x")):  # of too many letters
         with pytest.raises(ValueError, match=re.escape("--config.workdir=DIRECTORY")):
-            main.save(config.Run(workdir=str(path)))
+            lock.save_config(str(path), {})
         with pytest.raises(ValueError, match="cannot be written"), lock.alone(str(path)):
             pytest.fail("let in")
 

@@ -72,7 +72,7 @@ def of_prompts(
     experts = artefacts.output_of("materialise", workdir)
     is_cut_for = True
     if experts.record.is_file():
-        of_experts = artefacts.made_from(experts).get("assign")
+        of_experts = artefacts.inputs_of(experts).get("assign")
         is_cut_for = of_experts in (None, artefacts.identity(assigned))
     if cut and not (is_cut_for and len(cut) == trained.num_codes):
         raise UserError(
@@ -99,7 +99,7 @@ def read_assignment(workdir: pathlib.Path) -> AssignRecord:
         )
     record = artefacts.require(output, AssignRecord)
     router_of_run = artefacts.identity(artefacts.output_of("router", workdir))
-    if artefacts.made_from(output)["router"] != router_of_run:
+    if artefacts.inputs_of(output)["router"] != router_of_run:
         raise UserError(
             f"{output.directory} is not of the router beside it: assign again,"
             " --config.assign=build"

@@ -67,7 +67,7 @@ def states(
         if is_there[stage]:
             artefacts.verify(output, dense)
     if is_there["materialise"] and is_there["finetune"]:
-        trained = artefacts.made_from(outputs["finetune"])["experts"]
+        trained = artefacts.inputs_of(outputs["finetune"])["experts"]
         if trained != artefacts.identity(outputs["materialise"]):
             raise UserError(
                 f"{workdir / 'finetuned'} is of other experts than {workdir / 'experts'}: train"

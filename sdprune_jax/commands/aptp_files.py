@@ -126,11 +126,11 @@ def write_pruning(
     keep = jnp.asarray(found.code_gates >= 0.5, jnp.float32)
     kept = np.asarray(router_training.kept_shares(keep, layout, costs))
     section.macs_budget = round(float(kept.mean()), 4)  # the budget asked for is not published
-    made_from = {
+    inputs = {
         "model": artefacts.model_state(model.directory),
         "pruning": cache.fingerprint(found.params, found.code_gates),
     }
-    with artefacts.writing(output, made_from) as partial:
+    with artefacts.writing(output, inputs) as partial:
         save_params(partial.directory, found.params, dtype=np.float32, name="model")
         np.save(partial.directory / assignment.CODE_GATES, found.code_gates)
         partial.record = RouterRecord(

@@ -56,7 +56,7 @@ def cached(directory: pathlib.Path, name: str, key: str, compute: Callable[[], A
     process calls it; the first one decides and writes, in a directory that all can read.
     """
     final = directory / f"{name}-{key}"
-    output = artefacts.Output(f"cache of {name}", final, final / "made_from.json")
+    output = artefacts.Output(f"cache of {name}", final, final / "record.json")
     if not artefacts.is_complete(output, {"key": key}):
         arrays = compute()  # by all: it may gather
         with artefacts.writing(output, {"key": key}) as partial:

@@ -1,17 +1,18 @@
-"""A directory of which one run at a time makes use."""
+"""The directory of a run: one run at a time makes use of it, and leaves its config there."""
 
 import contextlib
 import fcntl
 import os
 import pathlib
 import socket
-from collections.abc import Iterator
-from typing import TextIO
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
 
 import jax
 from absl import logging
 
 from sdprune_jax import UserError, sharding
+from sdprune_jax.files import tensors
 
 
 @contextlib.contextmanager
@@ -32,6 +33,17 @@ def alone(workdir: str) -> Iterator[None]:
         if sharding.of_first(lambda: bool(problem)):
             raise UserError(problem or "the first process cannot use config.workdir, as it says")
         yield
+
+
+def save_config(workdir: str, values: Mapping[str, Any]) -> None:
+    """Writes `workdir/config.json`, whole or not at all, in the first process."""
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors.write_json(path, values)
+    except OSError as error:
+        raise UserError(unwritable(workdir, error)) from error
 
 
 def _lock(file: TextIO, path: pathlib.Path) -> str:
