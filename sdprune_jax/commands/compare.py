@@ -72,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--against", help="a row, by its name in the table")
     args = parser.parse_args(arguments)
     try:
-        found = rows(args.runs)
-        differences = f"\n\n{against(found, args.against)}" if args.against else ""
-        text = table(found, _milliseconds(found, args.repeats) if args.repeats else None)
+        table_rows = rows(args.runs)
+        differences = f"\n\n{against(table_rows, args.against)}" if args.against else ""
+        text = table(table_rows, _milliseconds(table_rows, args.repeats) if args.repeats else None)
         text += differences
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -100,34 +100,34 @@ def rows(runs: Sequence[pathlib.Path]) -> list[Row]:
             problems.append(f"{run} is evaluated as {how[1]}, and the first run as {how[0]}")
     if problems:
         raise UserError("these runs do not compare:\n  " + "\n  ".join(problems))
-    found = []
+    table_rows = []
     for run, record in records.items():
         stored = run / "evaluate" / evaluate.VALUES
         values = dict(np.load(stored)) if stored.is_file() else {}
         for name, model in record["models"].items():
-            if name == "dense" and found:
+            if name == "dense" and table_rows:
                 continue
             parts = model.get("experts") or [{"directory": model["directory"], "prompts": 1}]
             parts = [part for part in parts if part["prompts"]]
             total = sum(part["prompts"] for part in parts)
-            said = {"dense": "dense", "routed": run.name}.get(name, f"{run.name}, {name}")
+            label = {"dense": "dense", "routed": run.name}.get(name, f"{run.name}, {name}")
             directories = [pathlib.Path(part["directory"]) for part in parts]
             shares = [part["prompts"] / total for part in parts]
             own = {key.split("/")[1]: x for key, x in values.items() if key.startswith(f"{name}/")}
-            found.append(Row(said, directories, shares, model["figures"], own))
-    return found
+            table_rows.append(Row(label, directories, shares, model["figures"], own))
+    return table_rows
 
 
-def table(found: Sequence[Row], milliseconds: Mapping[pathlib.Path, float] | None) -> str:
+def table(table_rows: Sequence[Row], milliseconds: Mapping[pathlib.Path, float] | None) -> str:
     """The rows in Markdown; with times, those of the fastest and the slowest expert in brackets."""
-    names = [name for name in FIGURES if any(name in row.figures for row in found)]
-    costs = {path: _cost(path) for row in found for path in row.directories}
-    whole = costs[found[0].directories[0]]
+    names = [name for name in FIGURES if any(name in row.figures for row in table_rows)]
+    costs = {path: _cost(path) for row in table_rows for path in row.directories}
+    whole = costs[table_rows[0].directories[0]]
     heads = ["", "experts", "GMACs", "of dense", "M parameters", "of dense"]
     heads += ["ms a call", "of dense"] if milliseconds else []
     heads += [FIGURES[name] for name in names]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
-    for row in found:
+    for row in table_rows:
         pairs = list(zip(row.directories, row.shares, strict=True))
         cells = [row.name, str(len(pairs))]
         for i, unit in ((0, 1e9), (1, 1e6)):
@@ -136,32 +136,32 @@ def table(found: Sequence[Row], milliseconds: Mapping[pathlib.Path, float] | Non
         if milliseconds:
             times = [milliseconds[path] for path in row.directories]
             mean = sum(share * time for time, share in zip(times, row.shares, strict=True))
-            unit = milliseconds[found[0].directories[0]]
+            unit = milliseconds[table_rows[0].directories[0]]
             ends = f" [{min(times) / unit:.3f}, {max(times) / unit:.3f}]" if len(pairs) > 1 else ""
             cells += [f"{mean:.2f}", f"{mean / unit:.3f}{ends}"]
         lines.append([*cells, *(_figure(row.figures.get(name)) for name in names)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def against(found: Sequence[Row], name: str) -> str:
+def against(table_rows: Sequence[Row], name: str) -> str:
     """By how much each row is above the one of that name, in Markdown.
 
     Raises:
         ValueError: if there is no such row, or no values of each image.
     """
-    names = [row.name for row in found]
+    names = [row.name for row in table_rows]
     if names.count(name) != 1:
         raise UserError(f"--against is {name!r}, expected one of {', '.join(names)}, and no twin")
-    lacking = [row.name for row in found if not row.values]
+    lacking = [row.name for row in table_rows if not row.values]
     if lacking:
         raise UserError(
             f"no values of each image of {', '.join(lacking)}: delete evaluate.json and evaluate"
             " again; images and features are kept, so that takes seconds"
         )
-    base = found[names.index(name)].values
+    base = table_rows[names.index(name)].values
     keys = [key for key in FIGURES if key in base]
     lines = [[f"less {name}", *(FIGURES[key] for key in keys)], ["---", *["---:"] * len(keys)]]
-    for row in found:
+    for row in table_rows:
         if row.name != name:
             cells = [_difference(row.values.get(key), base[key]) for key in keys]
             lines.append([row.name, *cells])
@@ -169,7 +169,7 @@ def against(found: Sequence[Row], name: str) -> str:
 
 
 def _difference(values: np.ndarray | None, base: np.ndarray) -> str:
-    if values is None:  # of the dense model there is no distance to itself
+    if values is None:  # the dense model has no distance to itself
         return ""
     each = values.astype(np.float64) - base
     ends = interval.of_mean(each)
@@ -201,9 +201,9 @@ def _cost(directory: pathlib.Path) -> tuple[int, int]:
     return sum(macs.of_unet(model.unet, size, tokens)), sum(jax.tree.leaves(sizes))
 
 
-def _milliseconds(found: Sequence[Row], repeats: int) -> dict[pathlib.Path, float]:
+def _milliseconds(table_rows: Sequence[Row], repeats: int) -> dict[pathlib.Path, float]:
     """The fastest call of every UNet; they take turns, so other jobs slow all alike."""
-    calls = {path: _call(path) for row in found for path in row.directories}
+    calls = {path: _call(path) for row in table_rows for path in row.directories}
     fastest = dict.fromkeys(calls, float("inf"))
     for turn in range(1 + repeats):
         for path, call in calls.items():

@@ -1,4 +1,4 @@
-"""What a measurement is asked for, beside its protocol."""
+"""Settings of a measurement, beside its protocol."""
 
 import dataclasses
 

@@ -60,7 +60,7 @@ def measure(
         if asked.reference and needs.reads_pictures(measurement, metric.kind):
             read = functools.partial(_real, asked.reference, protocol)
             reference = extract(cached, read, asked.num_references, f"real:{asked.state}")
-        found = scores.of_metric(
+        measured = scores.of_metric(
             metric,
             wanted,
             reference,
@@ -71,7 +71,7 @@ def measure(
             num_resamples=measurement.num_resamples,
         )
         for name in folders:
-            figures[name] |= found[name]
+            figures[name] |= measured[name]
     return figures
 
 

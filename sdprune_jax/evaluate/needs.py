@@ -16,51 +16,51 @@ def check(measurement: Measurement, edge: int | None = None) -> None:
     """Checks what the section `evaluate` of a run asks for.
 
     Args:
-        measurement: what is asked for.
+        measurement: the settings to check.
         edge: height and width of the model's images, in pixels; None if not known yet.
 
     Raises:
         ValueError: naming all of `problems`.
     """
-    if found := problems(measurement, PROTOCOLS[measurement.protocol], edge, "config.evaluate"):
-        raise UserError("config.evaluate is not possible:\n  " + tensors.listing(found))
+    if lacking := problems(measurement, PROTOCOLS[measurement.protocol], edge, "config.evaluate"):
+        raise UserError("config.evaluate is not possible:\n  " + tensors.listing(lacking))
 
 
 def problems(measurement: Measurement, protocol: Protocol, edge: int | None, key: str) -> list[str]:
     """What of a measurement is missing, or cannot be.
 
     Args:
-        measurement: what is asked for.
+        measurement: the settings to check.
         edge: see `check`.
         key: what messages call the measurement.
     """
-    found, name = [], protocol.name
+    lacking, name = [], protocol.name
     if (measurement.num_images or protocol.num_images) < 2:
-        found.append(f"{key}.num_images is 1: one image has no distribution; give 2")
+        lacking.append(f"{key}.num_images is 1: one image has no distribution; give 2")
     if protocol.data != "embedded" and not measurement.data:
-        found.append(
+        lacking.append(
             f"the protocol {name} draws from {protocol.data}: set {key}.data to a directory that"
             " sdprune prepare-data wrote"
         )
     if protocol.data == "bksdm" and not measurement.references:
-        found.append(
+        lacking.append(
             f"the protocol {name} has no reference pictures: set {key}.references to their"
             " statistics, a .npz with mu and sigma"
         )
     if measurement.references and not pathlib.Path(measurement.references).is_file():
-        found.append(f"{key}.references is {measurement.references}, which is no file")
+        lacking.append(f"{key}.references is {measurement.references}, which is no file")
     for network in network_names(protocol):
         try:
             networks.path(measurement.networks, network)
         except ValueError as error:
-            found.append(f"{error}, and set {key}.networks")
+            lacking.append(f"{error}, and set {key}.networks")
     sizes = {metric.size for metric in protocol.metrics if metric.network == "embedded"}
     if edge is not None and sizes - {edge}:
-        found.append(
+        lacking.append(
             f"the protocol {name} measures images of {max(sizes)} pixels, and this model makes"
             f" {edge}: choose another {key}.protocol"
         )
-    return found
+    return lacking
 
 
 def has_pictures(measurement: Measurement, protocol: Protocol) -> bool:
@@ -75,11 +75,11 @@ def reads_pictures(measurement: Measurement, kind: str) -> bool:
 
 def states(measurement: Measurement, protocol: Protocol) -> list[str]:
     """Hashes of the networks and of the reference statistics."""
-    found = [networks.state(name, measurement.networks) for name in network_names(protocol)]
+    hashes = [networks.state(name, measurement.networks) for name in network_names(protocol)]
     if measurement.references:
         data = pathlib.Path(measurement.references).read_bytes()
-        found.append(hashlib.sha256(data).hexdigest())
-    return found
+        hashes.append(hashlib.sha256(data).hexdigest())
+    return hashes
 
 
 def network_names(protocol: Protocol) -> list[str]:

@@ -25,7 +25,7 @@ class Network(NamedTuple):
     params: Any
     embed_texts: Callable[[Sequence[str]], Float[np.ndarray, "n d"]] | None
     weights: str  # their SHA-256
-    scorer: embedded.Scorer | None  # of the embedded CLIP
+    scorer: embedded.Scorer | None  # set for the embedded CLIP only
 
 
 def load(name: str, directory: str, model: model_directory.ModelConfig) -> Network:
@@ -57,13 +57,13 @@ def load(name: str, directory: str, model: model_directory.ModelConfig) -> Netwo
     params = model_directory.load_params(here, clip.clip_param_shapes(settings), dtype=np.float32)
     own = any((here / file).is_file() for file in ("vocab.json", "tokenizer.json"))
     folder = here if own else model.directory / "tokenizer"
-    words = tokenizer.load(folder)
-    if len(words) != settings.text.vocab_size:
+    text_tokenizer = tokenizer.load(folder)
+    if len(text_tokenizer) != settings.text.vocab_size:
         raise UserError(
             f"{name} knows {settings.text.vocab_size} tokens, and the tokenizer in {folder} has"
-            f" {len(words)}: copy that of any CLIP of OpenAI's or of OpenCLIP's to {here}"
+            f" {len(text_tokenizer)}: copy that of any CLIP of OpenAI's or of OpenCLIP's to {here}"
         )
-    scorer = embedded.Scorer(settings, params, words)
+    scorer = embedded.Scorer(settings, params, text_tokenizer)
     embed = functools.partial(_embed_clip, scorer.model)
     return Network(embed, params, scorer.embed_texts, weights, None)
 
@@ -132,6 +132,6 @@ def _embed_inception(params: Any, images: Array) -> Float[Array, "b d"]:
     return inception.InceptionV3().apply({"params": params}, scaled)  # pyrefly: ignore
 
 
-def _embed_pairs(params: Any, pairs: UInt8[Array, "b 2 h w 3"]) -> Float[Array, "b 1"]:
-    got, want = jnp.moveaxis(pairs.astype(jnp.float32) / 127.5 - 1, 1, 0)
+def _embed_pairs(params: Any, images: UInt8[Array, "b 2 h w 3"]) -> Float[Array, "b 1"]:
+    got, want = jnp.moveaxis(images.astype(jnp.float32) / 127.5 - 1, 1, 0)
     return lpips.LPIPS().apply({"params": params}, got, want)[:, None]  # pyrefly: ignore

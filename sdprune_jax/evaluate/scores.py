@@ -147,11 +147,11 @@ def _frechet(
     x: Float[np.ndarray, "n d"], target: frechet.Gaussian, scale: float, num_resamples: int
 ) -> dict[str, Any]:
     value = frechet.frechet_distance(frechet.gaussian(frechet.moments([x])), target)
-    found: dict[str, Any] = {"value": scale * value, "num": len(x)}
+    figure: dict[str, Any] = {"value": scale * value, "num": len(x)}
     if num_resamples:
         ends = interval.of_frechet_distance(x, target, num_resamples=num_resamples)
-        found |= {"low": scale * ends.low, "high": scale * ends.high}
-    return found
+        figure |= {"low": scale * ends.low, "high": scale * ends.high}
+    return figure
 
 
 def _kernel(
@@ -170,11 +170,11 @@ def _kernel(
 
 
 def _mean(values: Float[np.ndarray, " n"], num_resamples: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"value": float(values.mean()), "num": len(values), "of_each": values}
+    figure: dict[str, Any] = {"value": float(values.mean()), "num": len(values), "of_each": values}
     if num_resamples:
         ends = interval.of_mean(values, num_resamples=num_resamples)
-        found |= {"low": ends.low, "high": ends.high}
-    return found
+        figure |= {"low": ends.low, "high": ends.high}
+    return figure
 
 
 def _needed(x: Any, metric: Metric) -> Any:

@@ -10,14 +10,14 @@ from jaxtyping import Int32, UInt8
 from sdprune_jax import UserError
 from sdprune_jax.data import cache, captioned, captions, cc3m, coco, emoji, sampling
 
-SEED = 0  # of the draw of embedded captions: every run is asked for the same
+SEED = 0  # draws the embedded captions, the same in every run
 
 
 class Task(NamedTuple):
     """Prompts and reference pictures."""
 
     prompts: Sequence[str]
-    concept: Int32[np.ndarray, " n"] | None  # of each prompt, where that is known
+    concept: Int32[np.ndarray, " n"] | None  # for each prompt, where that is known
     style: Int32[np.ndarray, " n"] | None
     num_references: int
     reference: Callable[[int], UInt8[np.ndarray, "h w 3"]] | None  # reads picture i
@@ -38,9 +38,11 @@ def load(data: str, directory: str, num_images: int, has_references: bool) -> Ta
     """
     if data == "embedded":
         texts, concept, style = captions.drawn("train", num_images, SEED)
-        pairs = emoji.load("train")
-        state = cache.fingerprint(pairs.concept, pairs.style)
-        return Task(texts, concept, style, len(pairs.images), lambda i: pairs.images[i], state)
+        pictures = emoji.load("train")
+        state = cache.fingerprint(pictures.concept, pictures.style)
+        return Task(
+            texts, concept, style, len(pictures.images), lambda i: pictures.images[i], state
+        )
     if not directory:
         raise UserError(
             f"the protocol draws from {data}: set config.evaluate.data to a directory that"

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-_MAX_PIXELS = 384  # of the longer side of a picture: twice what a page has room for
+_MAX_PIXELS = 384  # longer side of a picture: twice what a page has room for
 _SMALL_PIXELS = 128  # up to here a picture is enlarged, in crisp pixels, and stored exactly
 
 

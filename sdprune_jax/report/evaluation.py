@@ -25,13 +25,14 @@ def verdict(evaluation: Mapping[str, Any]) -> list[str]:
 def figures(evaluation: Mapping[str, Any]) -> str:
     """One table of figures, and one drawing a figure: the models on one axis."""
     models = {name: model["figures"] for name, model in evaluation["models"].items()}
-    names = list(dict.fromkeys(name for found in models.values() for name in found))
+    names = list(dict.fromkeys(name for of_model in models.values() for name in of_model))
     rows = [
-        [_label(name), *(_value(found.get(name)) for found in models.values())] for name in names
+        [_label(name), *(_value(of_model.get(name)) for of_model in models.values())]
+        for name in names
     ]
     drawn = []
     for name in names:
-        held = {model: found[name] for model, found in models.items() if name in found}
+        held = {model: of_model[name] for model, of_model in models.items() if name in of_model}
         if len(held) > 1 and all("low" in figure for figure in held.values()):
             drawn.append(
                 f"<figure><figcaption>{text(_label(name))}</figcaption>"

@@ -36,17 +36,19 @@ def verdict(files: Files) -> list[str]:
             f" UNet's MACs and {rows[0]['share_of_parameters']:.1%} of its parameters."
         ]
     shares = [row["share_of_macs"] for row in rows]
-    said = (
+    sentence = (
         f"Every prompt is drawn by one of <b>{len(rows)} experts</b>, smaller UNets that keep"
         f" {min(shares):.1%} to {max(shares):.1%} of the UNet's MACs."
     )
     if files.assigned:
         budget, splits = files.assigned["macs_budget"], files.assigned["splits"]
         unseen = splits.get("val") or next(iter(splits.values()))
-        said += f" The average unseen prompt keeps <b>{unseen['macs']:.1%}</b> ({budget:.1%} asked)"
+        sentence += (
+            f" The average unseen prompt keeps <b>{unseen['macs']:.1%}</b> ({budget:.1%} asked)"
+        )
         dead = len(unseen["dead"])
-        said += f"; {dead} of the experts get none of these prompts." if dead else "."
-    return [said]
+        sentence += f"; {dead} of the experts get none of these prompts." if dead else "."
+    return [sentence]
 
 
 def overview(files: Files) -> str:
@@ -88,7 +90,7 @@ def _card(files: Files, index: int) -> str:
         f"{share:.1%}</dd>"
         for name, share in facts.items()
     )
-    said = "".join(f"<li>{text(prompt)}</li>" for prompt in _samples(files, row["directory"]))
+    items = "".join(f"<li>{text(prompt)}</li>" for prompt in _samples(files, row["directory"]))
     drawn = [
         charts.picture(picture(files.folder / file), f"expert {index}: {prompt}")
         for file, prompt in _drawn(files.images, index)
@@ -97,7 +99,7 @@ def _card(files: Files, index: int) -> str:
         [
             f'<article class="card"><h3>Expert {index}</h3>',
             f"<dl>{bars}</dl>",
-            f"<ul>{said}</ul>" if said else "",
+            f"<ul>{items}</ul>" if items else "",
             f'<div class="drawn">{"".join(drawn)}</div>' if drawn else "",
             "</article>",
         ]
@@ -107,10 +109,10 @@ def _card(files: Files, index: int) -> str:
 def _samples(files: Files, directory: str) -> list[str]:
     """Some of the prompts of an expert, from all over a split; unseen ones if there are."""
     for split in ("val", "test", "train"):
-        found = list(dict.fromkeys(files.texts.get(directory, {}).get(split, [])))
-        if found:
-            num = min(_NUM_PROMPTS, len(found))
-            return [found[(2 * i + 1) * len(found) // (2 * num)] for i in range(num)]
+        prompts = list(dict.fromkeys(files.texts.get(directory, {}).get(split, [])))
+        if prompts:
+            num = min(_NUM_PROMPTS, len(prompts))
+            return [prompts[(2 * i + 1) * len(prompts) // (2 * num)] for i in range(num)]
     return []
 
 
@@ -200,16 +202,16 @@ def _numbers(files: Files) -> str:
         ]
         for index, row in enumerate(files.experts["experts"])
     ]
-    said = "Every expert in numbers."
+    caption = "Every expert in numbers."
     if trained:
         columns += ["loss, as cut", "loss, trained"]
-        said += " The loss is that of its training, on unseen prompts."
+        caption += " The loss is that of its training, on unseen prompts."
     skipped = files.finetuned.get("skipped", [])
     if skipped:
-        said += (
+        caption += (
             f" Not trained, for want of prompts: {', '.join(f'{int(name)}' for name in skipped)}."
         )
-    return charts.table(said, columns, rows, "layers")
+    return charts.table(caption, columns, rows, "layers")
 
 
 def _balance(assigned: Mapping[str, Any]) -> str:

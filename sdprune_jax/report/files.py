@@ -26,7 +26,7 @@ class Files(NamedTuple):
     assigned: Mapping[str, Any]  # assign/assign.json
     finetuned: Mapping[str, Any]  # finetuned/finetune.json
     texts: Mapping[str, Any]  # by expert and split, prompts.json
-    folder: pathlib.Path  # of the pictures
+    folder: pathlib.Path  # holds the pictures
 
 
 def read(workdir: pathlib.Path, num_images: int) -> Files:
@@ -41,18 +41,18 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
     """
     if not workdir.is_dir():
         raise UserError(f"{workdir} is no directory, so there is nothing to report; check workdir")
-    found, problems = [], []
+    contents, problems = [], []
     for name, form in forms.FORMS.items():
         path = workdir / name
-        found.append(tensors.read_json(path) if path.exists() else {})
-        problems += _misfits(found[-1], form, path.name) if path.exists() else []
+        contents.append(tensors.read_json(path) if path.exists() else {})
+        problems += _misfits(contents[-1], form, path.name) if path.exists() else []
     texts = {}
     for path in sorted((workdir / "experts").glob("*/prompts.json")):
         texts[path.parent.name] = tensors.read_json(path)
         problems += _misfits(
             texts[path.parent.name], {"*": [str]}, f"{path.parent.name}/{path.name}"
         )
-    prune, images, evaluation, sweep, settings, experts, assigned, finetuned = found
+    prune, images, evaluation, sweep, settings, experts, assigned, finetuned = contents
     if not problems:  # contents only once the form is sound
         problems += [*_prune_problems(prune), *_images_problems(images), *_score_problems(images)]
         problems += _expert_problems(experts, images)
@@ -159,7 +159,7 @@ def _expert_problems(experts: Mapping[str, Any], images: Mapping[str, Any]) -> I
 def _picture_problems(
     images: Mapping[str, Any], folder: pathlib.Path, num_images: int
 ) -> Iterator[str]:
-    shapes: dict[int, tuple[int, ...]] = {}  # of the first model's pictures
+    shapes: dict[int, tuple[int, ...]] = {}  # by picture, as the first model drew it
     for model in images.get("models", {}).values():
         for i, file in enumerate(model["files"][:num_images]):
             try:

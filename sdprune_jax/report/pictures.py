@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from sdprune_jax.report import charts, files
 from sdprune_jax.report.charts import text
 
-_RECALL = "clip_embedded_r_at_"  # of `scores` and `chance` in generate.json
+_RECALL = "clip_embedded_r_at_"  # prefix of keys of `scores` and `chance` in generate.json
 _CLIPPED = 0.01  # fraction of the differences that may be too large for the scale
 
 
@@ -27,10 +27,10 @@ def verdict(images: Mapping[str, Any]) -> list[str]:
     )
     num = min(model["scores"].get("num", 0) for model in scored.values())
     changes = list(_changes(images).values())
-    said = f"; {_said(changes[0])}" if len(changes) == 1 else ""
+    difference = f"; {_outcome(changes[0])}" if len(changes) == 1 else ""
     return [
         f"The embedded CLIP ranks the right caption among its first 10 for {shares} pictures"
-        f" ({num:,.0f} each{said}), a figure that compares with no other CLIP's."
+        f" ({num:,.0f} each{difference}), a figure that compares with no other CLIP's."
     ]
 
 
@@ -82,7 +82,7 @@ def retrieval(images: Mapping[str, Any]) -> str:
         return ""
     rows.append(["Pictures", *(f"{m['scores'].get('num', 0):,.0f}" for m in models.values()), ""])
     notes = [
-        f"Among the first 10, {name} against dense: {_said(change)}; p = {change[2]:.2g}, exact"
+        f"Among the first 10, {name} against dense: {_outcome(change)}; p = {change[2]:.2g}, exact"
         " sign test."
         for name, change in _changes(images).items()
     ]
@@ -182,15 +182,15 @@ def _changes(images: Mapping[str, Any]) -> dict[str, tuple[int, int, float]]:
     for name, model in models.items():
         if name == "dense" or not dense or not model["found"]:
             continue
-        pairs = list(zip(dense, model["found"], strict=True))
-        lost, gained = pairs.count((True, False)), pairs.count((False, True))
+        outcomes = list(zip(dense, model["found"], strict=True))
+        lost, gained = outcomes.count((True, False)), outcomes.count((False, True))
         tail = sum(math.comb(lost + gained, i) for i in range(min(lost, gained) + 1))
         p = float(min(Fraction(1), Fraction(2 * tail, 2 ** (lost + gained))))
         changes[name] = (lost, gained, p)
     return changes
 
 
-def _said(change: tuple[int, int, float]) -> str:
+def _outcome(change: tuple[int, int, float]) -> str:
     lost, gained, p = change
-    told = "more than chance explains" if p < 0.05 else "which chance alone may explain"
-    return f"{lost} lost and {gained} gained, {told}"
+    significance = "more than chance explains" if p < 0.05 else "which chance alone may explain"
+    return f"{lost} lost and {gained} gained, {significance}"

@@ -19,11 +19,11 @@ def verdict(prune: Mapping[str, Any]) -> list[str]:
     parts = []
     for name, part in prune["components"].items():
         removed, requested = f"{part['of_prunable']:.1%}", f"{part['requested']:.1%}"
-        asked = "as requested" if removed == requested else f"{requested} requested"
+        note = "as requested" if removed == requested else f"{requested} requested"
         if before := part.get("zeros_before"):
-            asked += f"; {before / part['prunable']:.1%} were zero before"
+            note += f"; {before / part['prunable']:.1%} were zero before"
         weights = text(f"{_word(part['scope'])} weights of the {_word(name)}")
-        parts.append(f"<b>{removed}</b> of the {weights} ({asked})")
+        parts.append(f"<b>{removed}</b> of the {weights} ({note})")
     size = {name: charts.in_bytes(num) for name, num in prune["bytes"].items()}
     stored = f"keep their {size['pruned']}"
     if prune["bytes"]["dense"] != prune["bytes"]["pruned"]:
@@ -87,7 +87,7 @@ def layers(prune: Mapping[str, Any]) -> str:
         shares = [layer["zeros"] / layer["weights"] for layer in layers]
         thresholds = [layer["threshold"] for layer in layers]
         sparsities = _range(f"{min(shares):.1%}", f"{max(shares):.1%}")
-        said = (
+        caption = (
             f"{len(layers)} layers, by block from input to output. Above: sparsity, {sparsities}."
             " Below: the magnitude up to which weights were removed,"
             f" {_range(f'{min(thresholds):.2g}', f'{max(thresholds):.2g}')}."
@@ -103,7 +103,7 @@ def layers(prune: Mapping[str, Any]) -> str:
             for layer, share in zip(layers, shares, strict=True)
         ]
         figures.append(
-            f"<h3>{text(_word(name))}</h3>\n<figure><figcaption>{text(said)}</figcaption>\n"
+            f"<h3>{text(_word(name))}</h3>\n<figure><figcaption>{text(caption)}</figcaption>\n"
             f"{charts.layer_bars(layers, _word(name))}</figure>\n"
             f"<details><summary>All {len(layers)} layers in numbers</summary>\n"
             + charts.table(

@@ -19,7 +19,7 @@ def verdict(sweep: Mapping[str, Any]) -> list[str]:
     """How much was measured, where methods break, and which is best, in sentences of HTML."""
     if not sweep:
         return []
-    found = [
+    broken = [
         f"{text(cliff['method'])} on the {text(table.word(cliff['component']))} at"
         f" <b>{cliff['broken']:.1%}</b>"
         for cliff in sweep["cliffs"]
@@ -29,8 +29,8 @@ def verdict(sweep: Mapping[str, Any]) -> list[str]:
         f"<b>{len({table.point(row) for row in sweep['rows']})}</b> pruned models were measured on"
         f" {sweep['protocol']['evaluated']:,} prompts and {_seeds(sweep)}."
     ]
-    if found:
-        sentences.append(f"The agreement of picture and prompt breaks with {', '.join(found)}.")
+    if broken:
+        sentences.append(f"The agreement of picture and prompt breaks with {', '.join(broken)}.")
     if best := list(_nearest(sweep)):
         sentences.append(
             f"Nearest to dense's latents at a sparsity of {_COMPARED_AT:.0%}: {'; '.join(best)}."
@@ -136,14 +136,14 @@ def points(sweep: Mapping[str, Any]) -> str:
         by_point.setdefault(table.point(row), []).append(row)
     spread = lambda rows: [table.spread(rows, name) for name in names]
     rows = [["dense", "", "0.00%", "0.00%", *spread(sweep["dense"])]]
-    for found in by_point.values():
-        parts = found[0]["components"]
-        said = [
+    for seeds in by_point.values():
+        parts = seeds[0]["components"]
+        methods = [
             f"{parts[name]['sparsity']:.1%} {parts[name]['method']}" if name in parts else "dense"
             for name in ("text_encoder", "unet")
         ]
-        shares = [f"{found[0][key]:.2%}" for key in ("nominal", "true")]
-        rows.append([*said, *shares, *spread(found)])
+        shares = [f"{seeds[0][key]:.2%}" for key in ("nominal", "true")]
+        rows.append([*methods, *shares, *spread(seeds)])
     labels = [table.label(name, sweep) for name in names]
     heads = ["text encoder", "UNet", "nominal", "true", *labels]
     caption = (
@@ -164,9 +164,9 @@ def _seeds(sweep: Mapping[str, Any]) -> str:
 
 
 def _nearest(sweep: Mapping[str, Any]) -> Iterator[str]:
-    """Of every group with several methods, the best, and in how many seeds it is."""
+    """Yields the best method of each group that has several, and in how many seeds it is best."""
     for component, title, methods in table.groups(sweep):
-        found = {
+        distances = {
             name: {
                 row["seed"]: row["figures"][table.DISTANCE]["value"]
                 for row in rows
@@ -174,14 +174,16 @@ def _nearest(sweep: Mapping[str, Any]) -> Iterator[str]:
             }
             for name, rows in methods.items()
         }
-        means = {name: np.mean([*by_seed.values()]) for name, by_seed in found.items() if by_seed}
+        means = {
+            name: np.mean([*by_seed.values()]) for name, by_seed in distances.items() if by_seed
+        }
         if len(means) < 2:
             continue
         best = min(means, key=lambda name: means[name])
-        others = [by_seed for name, by_seed in found.items() if name != best]
+        others = [by_seed for name, by_seed in distances.items() if name != best]
         wins = sum(
             all(value < by_seed.get(seed, np.inf) for by_seed in others)
-            for seed, value in found[best].items()
+            for seed, value in distances[best].items()
         )
         yield (
             f"<b>{text(best)}</b> on the {text(title)} ({means[best]:.3g}, the nearest in {wins} of"

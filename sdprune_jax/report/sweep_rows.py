@@ -41,7 +41,7 @@ class Group(NamedTuple):
 
 def groups(sweep: Mapping[str, Any]) -> list[Group]:
     """Rows by component and scope, then by method, in the order of the table."""
-    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    by_scope: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in sweep["rows"]:
         parts = row["components"]
         component, scope = BOTH, ""
@@ -49,8 +49,8 @@ def groups(sweep: Mapping[str, Any]) -> list[Group]:
             ((component, part),) = parts.items()
             scope = part.get("scope", "linear")
         method = " and ".join(dict.fromkeys(part["method"] for part in parts.values()))
-        found.setdefault((component, scope), {}).setdefault(method, []).append(row)
-    scopes = [component for component, _ in found]
+        by_scope.setdefault((component, scope), {}).setdefault(method, []).append(row)
+    scopes = [component for component, _ in by_scope]
     return [
         Group(
             component,
@@ -58,7 +58,7 @@ def groups(sweep: Mapping[str, Any]) -> list[Group]:
             + (f", {_SCOPES.get(scope, scope)}" if scopes.count(component) > 1 else ""),
             methods,
         )
-        for (component, scope), methods in found.items()
+        for (component, scope), methods in by_scope.items()
     ]
 
 
@@ -87,10 +87,10 @@ def spread(rows: Rows, figure: str) -> str:
     """The mean over seeds, and the range if there are several; what failed is counted."""
     values = [row["figures"][figure]["value"] for row in rows if figure in row["figures"]]
     failed = sum("failed" in row for row in rows)
-    said = f"{np.mean(values):.4g}" if values else ""
+    cell = f"{np.mean(values):.4g}" if values else ""
     if len(values) > 1:
-        said += f" ({min(values):.4g} to {max(values):.4g})"
-    return said + (f" {failed} of {len(rows)} failed" if failed else "")
+        cell += f" ({min(values):.4g} to {max(values):.4g})"
+    return cell + (f" {failed} of {len(rows)} failed" if failed else "")
 
 
 def figures(sweep: Mapping[str, Any]) -> list[str]:
@@ -113,12 +113,12 @@ def levels(sweep: Mapping[str, Any], figure: str) -> dict[str, float]:
     chance = [row["chance"][figure] for row in sweep["dense"] if figure in row["chance"]]
     dense = [row["figures"][figure]["value"] for row in sweep["dense"] if figure in row["figures"]]
     dense = dense or ([0.0] if figure == DISTANCE else [])
-    found = {"dense": dense, "chance": chance}
-    return {name: float(np.mean(values)) for name, values in found.items() if values}
+    values_of = {"dense": dense, "chance": chance}
+    return {name: float(np.mean(values)) for name, values in values_of.items() if values}
 
 
 def names(sweep: Mapping[str, Any]) -> list[str]:
-    """Of all figures that a row has."""
+    """The names of all figures that any row has, in order of appearance."""
     return list(dict.fromkeys(name for row in sweep["rows"] for name in row["figures"]))
 
 

@@ -103,10 +103,10 @@ def bisect(
 
     ends = {low: is_broken(low), high: is_broken(high)}
     if ends[low] or not ends[high]:
-        found = "is broken already" if ends[low] else "is whole still"
+        state = "is broken already" if ends[low] else "is whole still"
         raise NoBreakError(
             f"no break between sparsity {low:g} and {high:g}:"
-            f" {low if ends[low] else high:g} {found}; give a lower low or a higher high"
+            f" {low if ends[low] else high:g} {state}; give a lower low or a higher high"
         )
     while high - low > tolerance:
         # Short decimals: a sparsity is read as the decimal that it is written as.

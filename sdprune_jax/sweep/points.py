@@ -23,7 +23,7 @@ class Point:
 
 
 class Sparsity(NamedTuple):
-    """Of the text encoder and the UNet together, whether or not both are pruned.
+    """How sparse the text encoder and the UNet are together, whether or not both are pruned.
 
     Attributes:
         nominal: the sparsities asked for, weighed by all parameters of their components, as Ramesh
@@ -41,7 +41,7 @@ class Series(NamedTuple):
     """Points of one component that differ in its sparsity alone."""
 
     component: str
-    method: Method  # its sparsity is of no point
+    method: Method  # its sparsity is replaced by each of `sparsities`
     sparsities: tuple[float, ...]  # ascending
 
     def point(self, sparsity: float) -> Point:
@@ -56,23 +56,23 @@ def methods(point: Point) -> dict[str, Method]:
 def label(method: Method) -> str:
     """A name of all that is not the sparsity, as short as the defaults allow."""
     plain = Magnitude()
-    words = [method.method if method.allocation == "uniform" else f"owl-{method.method}"]
+    parts = [method.method if method.allocation == "uniform" else f"owl-{method.method}"]
     for name in ("scope", "group", "pattern", "threshold", "owl_multiple", "owl_lambda", "damping"):
         value = getattr(method, name)
         if value != getattr(plain, name):
             is_number = isinstance(value, int | float)
-            words.append(f"{name.removeprefix('owl_')} {value:g}" if is_number else value)
+            parts.append(f"{name.removeprefix('owl_')} {value:g}" if is_number else value)
     if method.band:
-        words.append("band {:g} to {:g}".format(*method.band))
-    words += [f"{own.layers} at {own.sparsity:g}" for own in method.overrides or ()]
-    return ", ".join(words)
+        parts.append("band {:g} to {:g}".format(*method.band))
+    parts += [f"{own.layers} at {own.sparsity:g}" for own in method.overrides or ()]
+    return ", ".join(parts)
 
 
 def expected(point: Point, shapes: Mapping[str, Any]) -> Sparsity:
     """The sparsity of a point before it is pruned; ties and rounding may add to it or take away.
 
     Args:
-        point: to be.
+        point: configuration that has not been pruned yet.
         shapes: parameters or `jax.ShapeDtypeStruct`s of each component.
     """
     zeros = 0
@@ -87,13 +87,13 @@ def sparsity(point: Point, shapes: Mapping[str, Any], zeros: int) -> Sparsity:
     """The sparsity of a point with as many zeros."""
     counts = {name: sum(x.size for x in jax.tree.leaves(shapes[name])) for name in COMPONENTS}
     total = sum(counts.values())
-    asked = sum(method.sparsity * counts[name] for name, method in methods(point).items())
-    return Sparsity(asked / total, zeros / total, zeros)
+    removed = sum(method.sparsity * counts[name] for name, method in methods(point).items())
+    return Sparsity(removed / total, zeros / total, zeros)
 
 
 def series(points: Iterable[Point]) -> Iterator[Series]:
     """Those among points that can be bisected, in order: a pattern or a band has one sparsity."""
-    found: dict[tuple[str, str], tuple[Method, set[float]]] = {}
+    groups: dict[tuple[str, str], tuple[Method, set[float]]] = {}
     for point in points:
         parts = methods(point)
         if len(parts) > 1:
@@ -101,6 +101,6 @@ def series(points: Iterable[Point]) -> Iterator[Series]:
         ((name, method),) = parts.items()
         if method.pattern == "unstructured" and not method.band:
             key = repr(dataclasses.replace(method, sparsity=0.5))
-            found.setdefault((name, key), (method, set()))[1].add(method.sparsity)
-    for (name, _), (method, sparsities) in found.items():
+            groups.setdefault((name, key), (method, set()))[1].add(method.sparsity)
+    for (name, _), (method, sparsities) in groups.items():
         yield Series(name, method, tuple(sorted(sparsities)))

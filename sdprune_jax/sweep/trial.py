@@ -194,7 +194,7 @@ def trial(
 
 def failed(bench: Bench, point: points.Point, seed: int, why: str) -> dict[str, Any]:
     """The row of a point whose images are not finite, which has no figures."""
-    found = points.expected(point, _shapes(bench))
+    sparsity = points.expected(point, _shapes(bench))
     parts = {
         name: {
             "method": points.label(method),
@@ -205,7 +205,7 @@ def failed(bench: Bench, point: points.Point, seed: int, why: str) -> dict[str, 
     }
     return {
         "seed": seed,
-        **found._asdict(),
+        **sparsity._asdict(),
         "components": parts,
         "figures": {},
         "failed": why,
@@ -253,17 +253,17 @@ def _calibrate(bench: Bench, component: str, method: Method, seed: int) -> Calib
         dense = bench.flat[component]
         bench.stats[key] = calibration.stats(dense, widest, statistic) if fits else None
         _forget(bench.stats, seed, calibration.settings.max_gigabytes)
-    found = bench.stats[key]
-    if found is None:
+    stats = bench.stats[key]
+    if stats is None:
         return calibration.parts
-    return lambda _, layers, __: [(layers, {path: found[path] for path in layers})]
+    return lambda _, layers, __: [(layers, {path: stats[path] for path in layers})]
 
 
 def _forget(
     stats: dict[tuple[str, str, int], _Stats | None], seed: int, max_gigabytes: float
 ) -> None:
     """Drops what layers read under other seeds, if all that is held exceeds the limit."""
-    leaves = {id(x): x.nbytes for found in stats.values() for x in jax.tree.leaves(found)}
+    leaves = {id(x): x.nbytes for arrays in stats.values() for x in jax.tree.leaves(arrays)}
     if sum(leaves.values()) > max_gigabytes * 1e9:
         for key in [key for key in stats if key[-1] != seed]:
             del stats[key]
@@ -285,7 +285,7 @@ def _render(bench: Bench, params: Mapping[str, Any], seed: int, folder: pathlib.
 
 
 def _measure(bench: Bench, folder: pathlib.Path) -> scores.Figures:
-    found = measuring.measure(
+    figures = measuring.measure(
         bench.measurement,
         bench.mesh,
         bench.protocol,
@@ -294,7 +294,7 @@ def _measure(bench: Bench, folder: pathlib.Path) -> scores.Figures:
         bench.asked,
         bench.folder / "cache",
     )
-    return found[""]
+    return figures[""]
 
 
 def _shapes(bench: Bench) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Case(NamedTuple):
     """A network on both sides."""
 
     network: networks.Network
-    torch_features: Callable[[Any], Any]  # of scaled images [b, 3, h, w]
+    torch_features: Callable[[Any], Any]  # takes scaled images [b, 3, h, w]
     size: int  # pixels
 
 
@@ -69,12 +69,12 @@ def _race(name: str, case: Case, num: int) -> None:
     images = np.random.default_rng(0).integers(
         0, 256, size=(num, case.size, case.size, 3), dtype=np.uint8
     )
-    mesh, found = sharding.make_mesh(), {}
+    mesh, extracted = sharding.make_mesh(), {}
     scaled = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)
     scaled = scaled.permute(0, 3, 1, 2).contiguous()
 
     def ours() -> None:
-        found["jax"] = features.extract(
+        extracted["jax"] = features.extract(
             case.network.embed, case.network.params, lambda rows: images[rows], num, mesh
         )
 
@@ -82,7 +82,7 @@ def _race(name: str, case: Case, num: int) -> None:
         torch.set_num_threads(threads)
         with torch.inference_mode():
             parts = [case.torch_features(scaled[i : i + batch]) for i in range(0, num, batch)]
-        found["torch"] = torch.cat(parts).numpy()
+        extracted["torch"] = torch.cat(parts).numpy()
 
     works: dict[Any, Callable[[], None]] = {"jax": ours}
     threads = sorted({1, os.cpu_count() or 1})  # on a busy machine its threads wait for each other
@@ -96,7 +96,7 @@ def _race(name: str, case: Case, num: int) -> None:
     best = {key: min(taken[1:]) for key, taken in seconds.items()}  # the first one compiles
     ours_best = best.pop("jax")
     way = min(best, key=lambda key: best[key])
-    error = np.abs(found["jax"] - found["torch"]).max()
+    error = np.abs(extracted["jax"] - extracted["torch"]).max()
     print(f"{name}: features differ from torch's by {error:.1e}")
     print(f"{name}: sdprune_jax {num / ours_best:.0f} images/s, in chunks of {features.CHUNK}")
     print(f"{name}: torch {num / best[way]:.0f} images/s, at batch {way[0]} on {way[1]} threads")

@@ -39,12 +39,12 @@ if __name__ == "__main__":
     parser.add_argument("guidance", type=float, nargs="+")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--num_images", type=int, default=2000)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)
     sharding.keep_freed_memory()
-    for guidance in asked.guidance:
-        found = measure(asked.model, guidance, asked.num_images)
+    for guidance in args.guidance:
+        figure = measure(args.model, guidance, args.num_images)
         print(
-            f"guidance {guidance:g}: FD {found['value']:.4f} [{found['low']:.4f},"
-            f" {found['high']:.4f}], {asked.num_images} images"
+            f"guidance {guidance:g}: FD {figure['value']:.4f} [{figure['low']:.4f},"
+            f" {figure['high']:.4f}], {args.num_images} images"
         )
