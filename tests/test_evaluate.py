@@ -99,7 +99,7 @@ def test_files_of_the_sd2_pruning_paper_are_jpegs_of_299_pixels():
 
 
 def test_what_a_protocol_lacks_is_said_before_any_work(tmp_path):
-    section = Measurement(protocol="aptp-coco", networks=str(tmp_path), batch_size=8)
+    section = config.Evaluate(protocol="aptp-coco", networks=str(tmp_path), batch_size=8)
     asked = config.Run(workdir=str(tmp_path / "run"), evaluate=section)
     with pytest.raises(
         ValueError,
