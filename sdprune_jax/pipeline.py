@@ -258,34 +258,24 @@ def generate(
         NotFiniteError: if a picture is not finite.
     """
     mesh = mesh or sharding.make_mesh()
-    own = model.config.unet.sample_size * model.config.vae.downscale
+    downscale = model.config.vae.downscale
+    own = model.config.unet.sample_size * downscale
     size = (height or own, width or own)
-    if any(pixels < 1 or pixels % model.config.vae.downscale for pixels in size):
+    if any(pixels < 1 or pixels % downscale for pixels in size):
         raise UserError(
             f"pictures of {size[0]} x {size[1]} pixels cannot be drawn: give multiples of"
-            f" {model.config.vae.downscale}"
+            f" {downscale}"
         )
-    params = {
-        name: sharding.place(
-            jax.tree.map(lambda x: np.asarray(x, np.float32), tree),
-            sharding.fsdp_shardings(model_directory.param_shapes(model.config, name), mesh),
-        )
-        for name, tree in model.params.items()
-    }
-    sample = make_sample(
-        model.config,
-        mesh,
-        sampler=sampler,
-        num_steps=num_steps,
-        guided=guidance_scale > 1,
-        dtype=dtype,
-    )
+    how = {"sampler": sampler, "num_steps": num_steps, "guided": guidance_scale > 1}
+    sample = make_sample(model.config, mesh, dtype=dtype, **how)
+    params = _placed(model, mesh)
+    index = range(len(prompts))
     batches = render(
         model.config,
         params,
         sample,
         prompts,
-        range(len(prompts)),
+        index,
         size=size,
         seed=seed,
         guidance_scale=guidance_scale,
@@ -294,6 +284,16 @@ def generate(
     )
     images = [batch.images for batch in batches]
     return np.concatenate(images) if images else np.zeros((0, *size, 3), np.uint8)
+
+
+def _placed(model: Model, mesh: Mesh) -> dict[str, Any]:
+    """Returns the parameters in float32 on the devices, the large ones split over them."""
+    params = {}
+    for name, tree in model.params.items():
+        shapes = model_directory.param_shapes(model.config, name)
+        host = jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+        params[name] = sharding.place(host, sharding.fsdp_shardings(shapes, mesh))
+    return params
 
 
 @partial(jax.jit, static_argnames="shape")

@@ -1,5 +1,6 @@
 """The UNet of Stable Diffusion 2, with optional gates on every prunable site."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -160,6 +161,15 @@ class Resnet(nn.Module):
         return h if gate is None else depth_gated(identity, h, gate)
 
 
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How all blocks compute; see `UNet` for the fields."""
+
+    dtype: Any
+    remat: bool
+    gate_position: str
+
+
 class Stage(nn.Module):
     """ResNets of one resolution, each followed by a transformer where the level has them.
 
@@ -170,33 +180,20 @@ class Stage(nn.Module):
     level: int
     has_attention: bool
     num_resnets: int
-    dtype: Any
-    remat: bool
-    gate_position: str
+    compute: Compute
 
     def layers(self, index: int, identity_channels: int) -> tuple[nn.Module, nn.Module | None]:
         features = self.config.block_out_channels[self.level]
         heads = self.config.attention_head_dim[self.level]
-        resnet_cls = nn.remat(Resnet) if self.remat else Resnet
-        transformer_cls = nn.remat(Transformer) if self.remat else Transformer
-        resnet = resnet_cls(
-            self.config,
-            features,
-            identity_channels,
-            self.dtype,
-            self.gate_position,
-            name=f"resnets.{index}",
-        )
+        dtype, remat, gate_position = dataclasses.astuple(self.compute)
+        resnet_cls = nn.remat(Resnet) if remat else Resnet
+        transformer_cls = nn.remat(Transformer) if remat else Transformer
+        own = (self.config, features, identity_channels, dtype, gate_position)
+        resnet = resnet_cls(*own, name=f"resnets.{index}")
         if not self.has_attention:
             return resnet, None
-        return resnet, transformer_cls(
-            self.config,
-            features,
-            heads,
-            self.dtype,
-            self.gate_position,
-            name=f"attentions.{index}",
-        )
+        own = (self.config, features, heads, dtype, gate_position)
+        return resnet, transformer_cls(*own, name=f"attentions.{index}")
 
 
 class DownBlock(Stage):
@@ -215,7 +212,9 @@ class DownBlock(Stage):
             x = transformer(x, text, gates) if transformer else x
             skips.append(x)
         if self.downsample:
-            x = conv(x.shape[-1], 3, stride=2, dtype=self.dtype, name="downsamplers.0.conv")(x)
+            x = conv(
+                x.shape[-1], 3, stride=2, dtype=self.compute.dtype, name="downsamplers.0.conv"
+            )(x)
             skips.append(x)
         return x, skips
 
@@ -248,7 +247,7 @@ class UpBlock(Stage):
         if self.upsample:
             h, w = skips[-1].shape[1:3]
             x = upsample(x)[:, :h, :w]
-            x = conv(x.shape[-1], 3, dtype=self.dtype, name="upsamplers.0.conv")(x)
+            x = conv(x.shape[-1], 3, dtype=self.compute.dtype, name="upsamplers.0.conv")(x)
         return x
 
 
@@ -299,46 +298,21 @@ class UNet(nn.Module):
 
         x = conv(channels[0], 3, dtype=dtype, name="conv_in")(latents.astype(dtype))
         skips, blocks = [x], []
+        compute = Compute(dtype, self.remat, self.gate_position)
+        num_resnets = config.layers_per_block
         for i, kind in enumerate(config.down_block_types):
-            block = DownBlock(
-                config,
-                i,
-                "CrossAttn" in kind,
-                config.layers_per_block,
-                dtype,
-                self.remat,
-                self.gate_position,
-                downsample=i < levels - 1,
-                name=f"down_blocks.{i}",
-            )
+            own = (config, i, "CrossAttn" in kind, num_resnets, compute)
+            block = DownBlock(*own, downsample=i < levels - 1, name=f"down_blocks.{i}")
             x, more = block(x, temb, text, gates)
             skips += more
             blocks.append(x)
         if config.mid_block_type:
-            middle = MidBlock(
-                config,
-                levels - 1,
-                True,
-                2,
-                dtype,
-                self.remat,
-                self.gate_position,
-                name="mid_block",
-            )
+            middle = MidBlock(config, levels - 1, True, 2, compute, name="mid_block")
             x = middle(x, temb, text, gates)
             blocks.append(x)
         for i, kind in enumerate(config.up_block_types):
-            block = UpBlock(
-                config,
-                levels - 1 - i,
-                "CrossAttn" in kind,
-                config.layers_per_block + 1,
-                dtype,
-                self.remat,
-                self.gate_position,
-                upsample=i < levels - 1,
-                name=f"up_blocks.{i}",
-            )
+            own = (config, levels - 1 - i, "CrossAttn" in kind, num_resnets + 1, compute)
+            block = UpBlock(*own, upsample=i < levels - 1, name=f"up_blocks.{i}")
             x = block(x, skips, temb, text, gates)
             blocks.append(x)
         x = nn.silu(

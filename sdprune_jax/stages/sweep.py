@@ -56,26 +56,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         needs.has_pictures(measurement, protocol),
     )
     made_from = _inputs(run, model, protocol, measurement, asked)
-    output = artefacts.output_of("sweep", work)
-    names = [metric.name for metric in protocol.metrics if metric.kind == "clip_score"]
-    values: dict[str, Any] = {
-        "model": run.model,
-        "protocol": dataclasses.asdict(protocol)
-        | {"evaluated": len(asked.prompts), "references": asked.num_references}
-        | {"height": edge, "width": edge, "dtype": run.dtype},
-        "agreement": names[0],
-        "prompts": list(asked.prompts[: section.num_kept]),
-        "dense": [],
-        "rows": [],
-        "cliffs": [],
-    }
-    old, damaged = artefacts.begun(output, made_from)
-    if old:
-        whole = lambda row: not any(f"sweep/{name}".startswith(row["images"]) for name in damaged)
-        values |= {name: [*filter(whole, old[name])] for name in ("dense", "rows")}
-        values["cliffs"] = old["cliffs"]
-        logging.info("%s has %d rows already", output.record, len(values["rows"]))
-    table = _Table(output, made_from, values, section.num_kept)
+    values = _values(run, protocol, asked, edge)
+    table = _begun(artefacts.output_of("sweep", work), made_from, values, section.num_kept)
     all_points = points_of(section)
 
     def calibration(component: str, seed: int) -> Calibration:
@@ -88,7 +70,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             protocol,
             asked,
             (edge, edge),
-            output.directory,
+            table.output.directory,
             all_points,
             calibration,
             measurement,
@@ -112,7 +94,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         if found != values["cliffs"]:
             values["cliffs"] = found
             table.write()
-    return output.record
+    return table.output.record
 
 
 def _inputs(
@@ -181,6 +163,41 @@ class _Table(NamedTuple):
         self.values[kind].append(row)
         self.write()
         return row
+
+
+def _values(run: config.Run, protocol: Protocol, asked: task.Task, edge: int) -> dict[str, Any]:
+    """Returns a record without rows."""
+    assert run.sweep is not None
+    names = [metric.name for metric in protocol.metrics if metric.kind == "clip_score"]
+    counts = {"evaluated": len(asked.prompts), "references": asked.num_references}
+    made = {"height": edge, "width": edge, "dtype": run.dtype}
+    return {
+        "model": run.model,
+        "protocol": dataclasses.asdict(protocol) | counts | made,
+        "agreement": names[0],
+        "prompts": list(asked.prompts[: run.sweep.num_kept]),
+        "dense": [],
+        "rows": [],
+        "cliffs": [],
+    }
+
+
+def _begun(
+    output: artefacts.Output,
+    made_from: artefacts.MadeFrom,
+    values: dict[str, Any],
+    num_kept: int,
+) -> _Table:
+    """Returns the table with the rows that there are already, but for those that are damaged."""
+    old, damaged = artefacts.begun(output, made_from)
+    if old:
+        whole = lambda row: (
+            not any(f"sweep/{name}".startswith(row.get("images", "-")) for name in damaged)
+        )
+        values |= {name: [*filter(whole, old[name])] for name in ("dense", "rows")}
+        values["cliffs"] = old["cliffs"]
+        logging.info("%s has %d rows already", output.record, len(values["rows"]))
+    return _Table(output, made_from, values, num_kept)
 
 
 def _row_of(
