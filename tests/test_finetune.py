@@ -14,7 +14,7 @@ from sdprune_jax import artefacts, config
 from sdprune_jax.files import checksums, model_directory
 from sdprune_jax.models import unet
 from sdprune_jax.stages import assign, finetune, materialise
-from sdprune_jax.training import distillation, encoded
+from sdprune_jax.training import encoded
 
 MESH = aptp_model.MESH
 TRAINING = config.Training(
@@ -118,7 +118,7 @@ def test_batches_are_of_the_experts_own_prompts(model, tmp_path, monkeypatch):
 
 def test_an_undamaged_student_has_nothing_to_distil(model):
     section = config.Finetune(denoising=0.0, caption_dropout=0.5)
-    loss_fn = distillation.make_loss(section, model, model.unet)
+    loss_fn = finetune.make_loss(section, model, model.unet)
     params = aptp_model.random_params(unet.param_shapes(model.unet), 5)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -138,9 +138,7 @@ def test_published_rate_stays_after_its_ramp():
     moves = {}
     for schedule in ("constant", "cosine"):
         training = dataclasses.replace(TRAINING, num_steps=50, warmup_steps=2, weight_decay=0.0)
-        optimizer = distillation.make_optimizer(
-            config.Finetune(schedule=schedule, training=training)
-        )
+        optimizer = finetune.make_optimizer(config.Finetune(schedule=schedule, training=training))
         params = {"w": jnp.zeros(2)}
         state, update = optimizer.init(params), jax.jit(optimizer.update)
         for _ in range(40):

@@ -117,7 +117,7 @@ def test_contrastive_loss_is_that_of_the_published_code():
     texts = jnp.array([[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0.2]])
     found = router.features(jnp.array(PROMPTS[:3]), TOY)
     _close(losses.contrastive(found, texts), 2.161878572966429)
-    _close(losses.contrastive(found, texts, 1.0, 1.0), 0.6379842865483256)
+    _close(losses.contrastive(found, texts, 1.0), 0.6379842865483256)
     _close(losses.contrastive(texts, texts), 0.3057681770030787)
     _close(losses.contrastive(found, texts, scale=0.5), 2.161878572966429 / 2)
 
@@ -148,7 +148,7 @@ def test_denoising_weights_are_those_of_the_published_code():
         batch = jnp.broadcast_to(target, (5, 2, 2, 1))
         found = distillation.denoising(batch + 2, batch, alpha, kind, snr_weight=name)
         _close(found, 4 * weight.mean())
-    assert distillation.denoising(batch + 2, batch, alpha, "epsilon", gamma=None) == 4
+    assert distillation.denoising(batch + 2, batch, alpha, "epsilon", gamma=0.0) == 4
 
 
 def test_distillation_is_the_mean_of_the_blocks_and_spares_the_teacher():

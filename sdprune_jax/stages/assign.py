@@ -37,37 +37,32 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     section, work = run.assign, pathlib.Path(run.workdir)
     assert section is not None
     model, output = inputs.open_model(run), artefacts.output_of("assign", work)
-    params, trained, made = router_training.load(work, model, mesh)
+    params, trained = router_training.load(work, model, mesh)
     made_from = {
         "section": dataclasses.asdict(section),
-        "model": artefacts.model_state(model.directory, made.variant),
+        "model": artefacts.model_state(model.directory, trained.variant),
         "router": artefacts.identity(artefacts.output_of("router", work)),
         "pictures": pictures.checksums_of(trained.data.dataset, trained.data.directory),
     }
     if artefacts.is_complete(output, made_from):
         return output.directory
-    layout = layout_of(sites.table(model.unet))
+    layout, variant = layout_of(sites.table(model.unet)), trained.variant or None
     if section.final_codes == "stored":
         code_gates = _stored_gates(work / "router", section.fit_budget)
     else:
-        code_gates = _code_gates(params, layout, section.final_codes, made.seed)
-    similarity, labels = {}, {}
+        code_gates = _code_gates(params, layout, section.final_codes, trained.seed)
+    source, similarity, labels = trained.data, {}, {}
     for split in emoji.SPLITS:
-        pairs = pictures.load(trained.data, split)
-        prompts = pictures.prompts(trained.data, pairs, split, made.seed)
-        embedding = encoded.embeddings(
-            trained.data,
-            model,
-            prompts.texts,
-            mesh,
-            work / "router" / "cache",
-            made.variant or None,
+        images = pictures.load(source, split)
+        prompts = pictures.prompts(images, split, trained.seed, source.captions_per_image)
+        embeddings = encoded.embed(
+            source.encoder, model, prompts.texts, mesh, work / "router" / "cache", variant
         )
         similarity[split] = assignment.similarities(
-            params, embedding, layout, code_gates, section.route_noise
+            params, embeddings, layout, code_gates, section.route_noise
         )
-        labels[split] = prompts
-    costs = router_training.budget_costs(trained, model, (made.latent_size[0], made.latent_size[1]))
+        labels[split] = _labels(prompts)
+    costs = router_training.budget_costs(model, trained.latent_size, trained.mac_counter)
     offsets = np.zeros(trained.num_codes, np.float32)
     if section.balance == "optimal_transport":
         offsets = balance.offsets(similarity["train"])
@@ -78,7 +73,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     if section.fit_budget != "none":
         average = np.atleast_2d(counts / counts.sum())
         weights = average if section.fit_budget == "average" else np.eye(trained.num_codes)
-        logits, noise = _final_logits(params, section.final_codes, made.seed)
+        logits, noise = _final_logits(params, section.final_codes, trained.seed)
         shift, keep = balance.fit_budget(
             lambda shift: np.asarray(gates.soft_gates(logits + shift, noise, layout)) >= 0.5,
             lambda keep: weights @ _kept(keep, layout, costs),
@@ -87,21 +82,20 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         )
     kept = _kept(keep, layout, costs)
 
-    splits = {}
-    for split, expert in experts.items():
-        figures = balance.figures(expert, kept, trained.macs_budget)
-        figures |= balance.information(expert, _labels(labels[split]))
-        splits[split] = SplitRecord(**figures)
+    splits = {
+        split: balance.figures(expert, kept, trained.macs_budget, labels[split])
+        for split, expert in experts.items()
+    }
     _warn(splits, kept, trained.macs_budget, section.fit_budget)
     arrays = {"architectures": keep, "offsets": offsets, "code_gates": np.asarray(code_gates)}
     of_prompts = {f"experts_{split}": expert for split, expert in experts.items()}
     with artefacts.writing(output, made_from) as partial:
         expert_files.save_arrays(partial.directory, arrays | of_prompts)
         partial.record = AssignRecord(
-            section=dataclasses.asdict(section),
+            route_noise=section.route_noise,
             macs_budget=trained.macs_budget,
             mac_counter=trained.mac_counter,
-            latent_size=made.latent_size,
+            latent_size=trained.latent_size,
             logit_shift=shift.tolist(),
             macs_of_codes=unfitted.tolist(),
             macs_of_experts=kept.tolist(),

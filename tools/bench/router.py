@@ -28,10 +28,11 @@ from diffusers import UNet2DConditionModel
 from torch.nn import functional
 
 from sdprune_jax import config, sharding, sites
-from sdprune_jax.aptp import codebook, gates, losses, router, router_training
+from sdprune_jax.aptp import gates, losses, router, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
 from sdprune_jax.files import convert, model_directory
 from sdprune_jax.models import clip, noise_schedule, unet, vae
+from sdprune_jax.stages import router as router_stage
 from sdprune_jax.training import encoded, loop
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,15 +110,15 @@ def _case(name: str, batch_size: int) -> Case:
         "log_variance": draw(batch_size, size, size, 4) - 5,
         "warms_up": np.zeros(batch_size, bool),
     }
-    costs = router_training.budget_costs(section, model, (size, size))
+    costs = router_training.budget_costs(model, (size, size), section.mac_counter)
     return Case(model, section, layout, costs, params, jax.tree.map(np.asarray, frozen), batch)
 
 
 def _ours(case: Case, dtype: str) -> Any:
-    loss_fn = router_training.make_loss(
+    loss_fn = router_stage.make_loss(
         case.section, case.model, case.costs, case.layout, jnp.dtype(dtype)
     )
-    optimizer = codebook.make_optimizer(case.section, None)
+    optimizer = router_stage.make_optimizer(case.section)
 
     @jax.jit
     def step(params, state, frozen, batch, key):
@@ -141,7 +142,7 @@ def _theirs(case: Case, dtype: str) -> Any:
     put = lambda x: torch.from_numpy(np.array(x, np.float32)).to(_DEVICE)
     keys = jax.random.split(jax.random.key(0))
     schedule = case.model.schedule
-    noisy = encoded.noised(
+    noisy = encoded.draw_noisy(
         jax.tree.map(jnp.asarray, batch), keys[0], schedule, case.model.vae.scaling_factor
     )
     alpha = np.asarray(noisy.alpha_cumprod)
