@@ -27,9 +27,12 @@ UNET = unet.UNetConfig(
 )
 # The least to compile: one level, two transformers and three ResNets that can go.
 ONE_LEVEL = dataclasses.replace(
-    UNET, block_out_channels=(16,), attention_head_dim=(2,),
-    down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-)  # fmt: skip
+    UNET,
+    block_out_channels=(16,),
+    attention_head_dim=(2,),
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+)
 LAYOUT = layout.layout_of(sites.table(UNET))
 # One device: programs of eight compile for longer, and trainings of test_train.py have those.
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
@@ -42,14 +45,10 @@ def make(
 ) -> model_directory.ModelConfig:
     """Random parameters, biases and norms too; the tokenizer is that of the embedded model."""
     embedded = model_directory.open_model(model_directory.directory_of("embedded"))
-    text = dataclasses.replace(
-        embedded.text_encoder, hidden_size=12, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2,
-    )  # fmt: skip
-    vae_config = vae.VAEConfig(
-        sample_size=64, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2,
-        scaling_factor=1.0,
-    )  # fmt: skip
+    sizes = {"intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = dataclasses.replace(embedded.text_encoder, hidden_size=12, **sizes)
+    sizes = {"sample_size": 64, "block_out_channels": (4, 4, 4, 4), "layers_per_block": 1}
+    vae_config = vae.VAEConfig(**sizes, norm_num_groups=2, scaling_factor=1.0)
     model = dataclasses.replace(embedded, text_encoder=text, unet=unet_config, vae=vae_config)
     params = {
         name: random_params(model_directory.param_shapes(model, name), seed)

@@ -17,10 +17,8 @@ from sdprune_jax.stages import assign, finetune, materialise
 from sdprune_jax.training import encoded
 
 MESH = aptp_model.MESH
-TRAINING = config.Training(
-    num_steps=4, batch_size=8, learning_rate=2e-4, warmup_steps=1, ema_decay=0.5, log_every=2,
-    save_every=2, num_evals=1,
-)  # fmt: skip
+_STEPS = {"num_steps": 4, "warmup_steps": 1, "log_every": 2, "save_every": 2}
+TRAINING = config.Training(batch_size=8, learning_rate=2e-4, ema_decay=0.5, num_evals=1, **_STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +29,14 @@ def model(tmp_path_factory):
 def _work(model, workdir, prompts_of=(0, 2)):
     """A run of three experts, some of which have prompts."""
     aptp_model.write_router(workdir, model)
+    # Denoising would lead away from a teacher that is random: the distance to it alone shall fall.
     run = config.Run(
-        workdir=str(workdir), model=str(model.directory), assign=config.Assign(),
-        # Of a random teacher, denoising leads away: what is to fall is the distance to it alone.
+        workdir=str(workdir),
+        model=str(model.directory),
+        assign=config.Assign(),
         materialise=config.Materialise(),
         finetune=config.Finetune(denoising=0.0, training=TRAINING),
-    )  # fmt: skip
+    )
     assign.run(run, MESH)
     for split, count in (("train", 48), ("val", 24)):
         found = np.resize(np.array(prompts_of, np.int32), count)

@@ -54,10 +54,10 @@ def trains(directory, coordinator="", process_id=0, pause=0.0):
         return {"x": x[rows], "y": np.ones((16, 16), np.float32)}
 
     sharding.MIN_SHARDED_BYTES = 0
-    training = loop.TrainingSettings(
-        loop.adamw(1e-2, 2, _STEPS, 0.1, 1.0), num_steps=_STEPS, batch_size=16, ema_decay=0.9,
-        log_every=1, save_every=4, num_evals=0, seed=3, mesh=mesh, directory=directory,
-    )  # fmt: skip
+    optimizer = loop.adamw(1e-2, 2, _STEPS, 0.1, 1.0)
+    values = {"num_steps": _STEPS, "batch_size": 16, "ema_decay": 0.9, "seed": 3}
+    values |= {"log_every": 1, "save_every": 4, "num_evals": 0}
+    training = loop.TrainingSettings(optimizer, mesh=mesh, directory=directory, **values)
     ema = loop.fit(training, _loss, _PARAMS, batch_at, {"scale": np.float32(2.0)})
     assert {shard.data.shape for shard in ema["w"].addressable_shards} == {(8, 16)}
     whole = sharding.to_host(ema["w"])

@@ -34,18 +34,12 @@ def _batch_at(step):
     return {"x": x[rows], "y": np.ones((16, 16), np.float32)}
 
 
-def training_in(directory, mesh, **changes):
-    """The settings of a short training, some of them changed."""
-    values = {"num_steps": _STEPS, "log_every": 1, "num_evals": 0} | changes
-    optimizer = loop.adamw(1e-2, 2, _STEPS, 0.1, 1.0)
-    return loop.TrainingSettings(
-        optimizer, batch_size=16, ema_decay=0.9, save_every=4, seed=3, mesh=mesh,
-        directory=directory, **values,
-    )  # fmt: skip
-
-
 def _fit(directory, batch_at=_batch_at, mesh=None, loss=_loss, evaluate=None, **changes):
-    training = training_in(directory, mesh or sharding.make_mesh(1, jax.device_count()), **changes)
+    mesh = mesh or sharding.make_mesh(1, jax.device_count())
+    values = {"num_steps": _STEPS, "batch_size": 16, "ema_decay": 0.9, "seed": 3}
+    values |= {"log_every": 1, "save_every": 4, "num_evals": 0} | changes
+    optimizer = loop.adamw(1e-2, 2, _STEPS, 0.1, 1.0)
+    training = loop.TrainingSettings(optimizer, mesh=mesh, directory=directory, **values)
     return loop.fit(training, loss, _PARAMS, batch_at, {"scale": jnp.float32(2.0)}, evaluate)
 
 

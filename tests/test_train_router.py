@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 from aptp_toy import TOY
-from jax.sharding import Mesh
 
 from sdprune_jax import config, sharding, sites
 from sdprune_jax.aptp import codebook, gates, layout, router, router_training
@@ -23,10 +22,10 @@ from sdprune_jax.stages import router as router_stage
 from sdprune_jax.training import encoded
 
 LAYOUT = aptp_model.LAYOUT
+_STEPS = {"num_steps": 4, "warmup_steps": 2, "ramp_steps": 1, "log_every": 1, "save_every": 2}
 SECTION = config.Router(
-    num_codes=3, macs_budget=0.7, num_steps=4, warmup_steps=2, batch_size=8, ramp_steps=1,
-    log_every=1, save_every=2, num_evals=1, data=aptp_model.DATA,
-)  # fmt: skip
+    num_codes=3, macs_budget=0.7, batch_size=8, num_evals=1, data=aptp_model.DATA, **_STEPS
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +63,7 @@ def test_step_is_the_same_however_the_batch_is_sharded(model):
     step = jax.value_and_grad(_loss(model), has_aux=True)
     found = []
     for data_axis, fsdp in ((1, 1), (4, 2)):
-        mesh = Mesh(np.array(jax.devices()[: data_axis * fsdp]).reshape(data_axis, fsdp),
-                    ("data", "fsdp"))  # fmt: skip
+        mesh = sharding.make_mesh(data_axis, fsdp, jax.devices()[: data_axis * fsdp])
         placed = (
             sharding.fsdp_shardings(params, mesh, min_bytes=0),
             sharding.fsdp_shardings(frozen, mesh, min_bytes=0),

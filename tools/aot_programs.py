@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +25,22 @@ from sdprune_jax.stages.prune import open_calibration
 from sdprune_jax.training import encoded, loop
 
 _Shape = jax.ShapeDtypeStruct
-_VOCAB_SIZE = 2048  # of a tokenizer that is not trained yet; no step of the UNet depends on it
+_VOCAB_SIZE = 2048  # stands for a tokenizer that is not trained yet; the UNet does not depend on it
 
 
 def lower(run: config.Run, stage: str, mesh: Mesh) -> jax.stages.Lowered:
-    """The program of a stage that takes its time.
+    """Lowers the program that takes most of the time of a stage.
 
     Args:
-        run: as it would be run.
-        stage: one of `STAGES`. A training's is its step: of `pretrain` that of the UNet, and
-            `finetune` has an expert as large as the UNet. `prune` is the calibration of the UNet by
-            a batch of prompts; `generate` and `evaluate` draw a batch of pictures, and `features`
-            are those of Inception-v3, of a chunk of pictures a device.
-        mesh: of devices that need not be there.
+        run: the config of the run.
+        stage: one of `STAGES`. Trainings have their step: `pretrain` that of the UNet, `finetune`
+            that of an expert as large as the UNet. `prune` has the calibration of the UNet by a
+            batch of prompts; `generate` and `evaluate` draw a batch of pictures; `features` has
+            Inception-v3 on a chunk of pictures a device.
+        mesh: devices, which need not be there.
 
     Raises:
-        ValueError: if the section of the stage is not set, or its batch does not fit the mesh.
+        UserError: if the section of the stage is not set, or its batch does not fit the mesh.
     """
     section = getattr(run, "evaluate" if stage == "features" else stage)
     if section is None:
@@ -130,7 +130,7 @@ def _pretrain(run: config.Run, section: config.Pretrain, mesh: Mesh) -> jax.stag
 
 
 def _prune(run: config.Run, section: config.Prune, mesh: Mesh) -> jax.stages.Lowered:
-    """Of the first package of layers, if their statistics are not to be in memory together."""
+    """Lowers the calibration of the first package of layers whose statistics fit in memory."""
     part = section.unet
     statistic = STATISTIC[part.method] if part else None
     if part is None or statistic in (None, "gradient"):
@@ -148,33 +148,32 @@ def _prune(run: config.Run, section: config.Prune, mesh: Mesh) -> jax.stages.Low
     return calibrate.lower_unet(model, mesh, first, statistic, calibration.settings)
 
 
+class _Drawing(NamedTuple):
+    """How a batch of pictures is drawn; a size is in pixels, None is the model's own."""
+
+    batch_size: int
+    sampler: str | None
+    num_steps: int
+    guidance_scale: float
+    height: int | None
+    width: int | None
+
+
 def _generate(run: config.Run, section: config.Generate, mesh: Mesh) -> jax.stages.Lowered:
-    size = (section.height, section.width)
-    return _sampler(
-        run, mesh, "generate", section.batch_size, section.sampler, section.num_steps,
-        section.guidance_scale, size,
-    )  # fmt: skip
+    fields = {name: getattr(section, name) for name in _Drawing._fields}
+    return _draw(run, mesh, "generate", _Drawing(**fields))
 
 
 def _evaluate(run: config.Run, section: config.Evaluate, mesh: Mesh) -> jax.stages.Lowered:
     protocol = PROTOCOLS[section.protocol]
-    return _sampler(
-        run, mesh, "evaluate", section.batch_size, protocol.sampler, protocol.num_steps,
-        protocol.guidance_scale, (protocol.generate_size,) * 2,
-    )  # fmt: skip
+    size, sampler = protocol.generate_size, (protocol.sampler, protocol.num_steps)
+    drawing = _Drawing(section.batch_size, *sampler, protocol.guidance_scale, size, size)
+    return _draw(run, mesh, "evaluate", drawing)
 
 
-def _sampler(
-    run: config.Run,
-    mesh: Mesh,
-    stage: str,
-    batch_size: int,
-    sampler: str | None,
-    num_steps: int,
-    guidance_scale: float,
-    size: tuple[int | None, int | None],
-) -> jax.stages.Lowered:
-    """Prompts to pictures of `size` pixels; None is the model's own."""
+def _draw(run: config.Run, mesh: Mesh, stage: str, drawing: _Drawing) -> jax.stages.Lowered:
+    """Lowers the way from prompts to pictures."""
+    batch_size, sampler, num_steps, guidance_scale, *size = drawing
     _check(stage, batch_size, mesh)
     model = inputs.open_model(run)
     program = pipeline.sample_program(

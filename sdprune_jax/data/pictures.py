@@ -15,7 +15,7 @@ from sdprune_jax import UserError, sharding
 from sdprune_jax.data import cache, captioned, captions, cc3m, coco, emoji
 from sdprune_jax.files import checksums
 
-# Splits of the datasets that sdprune prepare-data writes. Neither has a test split with captions.
+# Names of the splits that `sdprune prepare-data` writes. Neither dataset tests with captions.
 _SPLITS: Mapping[str, Mapping[str, str]] = {
     "cc3m": {"train": "train", "val": "validation", "test": "validation"},
     "coco": {"train": "train2014", "val": "val2014", "test": "val2014"},

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from sdprune_jax import UserError, artefacts, config, sites
 from sdprune_jax.aptp import assignment, balance, expert_files, gates, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
-from sdprune_jax.aptp.records import AssignRecord, SplitRecord
+from sdprune_jax.aptp.records import AssignRecord, RouterRecord, SplitRecord
 from sdprune_jax.data import emoji, pictures
+from sdprune_jax.files import model_directory
 from sdprune_jax.sites import macs
 from sdprune_jax.stages import cost_card, inputs
 from sdprune_jax.training import encoded
@@ -46,51 +47,38 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     }
     if artefacts.is_complete(output, made_from):
         return output.directory
-    layout, variant = layout_of(sites.table(model.unet)), trained.variant or None
+    layout = layout_of(sites.table(model.unet))
     if section.final_codes == "stored":
         code_gates = _stored_gates(work / "router", section.fit_budget)
     else:
         code_gates = _code_gates(params, layout, section.final_codes, trained.seed)
-    source, similarity, labels = trained.data, {}, {}
+    similarity, labels = {}, {}
     for split in emoji.SPLITS:
-        images = pictures.load(source, split)
-        prompts = pictures.prompts(images, split, trained.seed, source.captions_per_image)
-        embeddings = encoded.embed(
-            source.encoder, model, prompts.texts, mesh, work / "router" / "cache", variant
-        )
+        prompts, embeddings = _prompts(trained, model, split, work / "router" / "cache", mesh)
         similarity[split] = assignment.similarities(
             params, embeddings, layout, code_gates, section.route_noise
         )
         labels[split] = _labels(prompts)
-    costs = router_training.budget_costs(model, trained.latent_size, trained.mac_counter)
     offsets = np.zeros(trained.num_codes, np.float32)
     if section.balance == "optimal_transport":
         offsets = balance.offsets(similarity["train"])
     experts = {split: assignment.nearest(s, offsets) for split, s in similarity.items()}
-    counts = np.bincount(experts["train"], minlength=trained.num_codes)
+    costs = router_training.budget_costs(model, trained.latent_size, trained.mac_counter)
     keep, shift = np.asarray(code_gates) >= 0.5, np.zeros(1)
     unfitted = _kept(keep, layout, costs)
     if section.fit_budget != "none":
-        average = np.atleast_2d(counts / counts.sum())
-        weights = average if section.fit_budget == "average" else np.eye(trained.num_codes)
-        logits, noise = _final_logits(params, section.final_codes, trained.seed)
-        shift, keep = balance.fit_budget(
-            lambda shift: np.asarray(gates.soft_gates(logits + shift, noise, layout)) >= 0.5,
-            lambda keep: weights @ _kept(keep, layout, costs),
-            trained.macs_budget,
-            len(weights),
-        )
+        counts = np.bincount(experts["train"], minlength=trained.num_codes)
+        shift, keep = _fit_budget(section, params, trained, counts, costs, layout)
     kept = _kept(keep, layout, costs)
-
     splits = {
         split: balance.figures(expert, kept, trained.macs_budget, labels[split])
         for split, expert in experts.items()
     }
     _warn(splits, kept, trained.macs_budget, section.fit_budget)
     arrays = {"architectures": keep, "offsets": offsets, "code_gates": np.asarray(code_gates)}
-    of_prompts = {f"experts_{split}": expert for split, expert in experts.items()}
+    arrays |= {f"experts_{split}": expert for split, expert in experts.items()}
     with artefacts.writing(output, made_from) as partial:
-        expert_files.save_arrays(partial.directory, arrays | of_prompts)
+        expert_files.save_arrays(partial.directory, arrays)
         partial.record = AssignRecord(
             route_noise=section.route_noise,
             macs_budget=trained.macs_budget,
@@ -103,6 +91,40 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             splits=splits,
         )
     return output.directory
+
+
+def _prompts(
+    trained: RouterRecord,
+    model: model_directory.ModelConfig,
+    split: str,
+    cache_dir: pathlib.Path,
+    mesh: Mesh,
+) -> tuple[pictures.Prompts, Float[np.ndarray, "rows n"]]:
+    """Returns the prompts that the router was trained with, and what it reads of them."""
+    source, variant = trained.data, trained.variant or None
+    images = pictures.load(source, split)
+    prompts = pictures.prompts(images, split, trained.seed, source.captions_per_image)
+    return prompts, encoded.embed(source.encoder, model, prompts.texts, mesh, cache_dir, variant)
+
+
+def _fit_budget(
+    section: config.Assign,
+    params: Any,
+    trained: RouterRecord,
+    counts: Int[np.ndarray, " k"],
+    costs: macs.SiteMacs,
+    layout: Layout,
+) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, "k d"]]:
+    """Shifts the logits of all experts, or of each, until their MACs are as the budget says."""
+    average = np.atleast_2d(counts / counts.sum())
+    weights = average if section.fit_budget == "average" else np.eye(trained.num_codes)
+    logits, noise = _final_logits(params, section.final_codes, trained.seed)
+    return balance.fit_budget(
+        lambda shift: np.asarray(gates.soft_gates(logits + shift, noise, layout)) >= 0.5,
+        lambda keep: weights @ _kept(keep, layout, costs),
+        trained.macs_budget,
+        len(weights),
+    )
 
 
 def _warn(
@@ -123,7 +145,7 @@ def _warn(
 
 
 def _labels(prompts: pictures.Prompts) -> dict[str, Int[np.ndarray, " rows"]]:
-    """What may be said of who draws a prompt: of embedded pictures, drawing style and group."""
+    """Returns drawing style and group of subjects of each prompt; only embedded pictures have them."""
     if prompts.concept is None or prompts.style is None:
         return {}
     groups = [emoji.concepts()[c].group for c in prompts.concept]
