@@ -145,7 +145,7 @@ def _warn(
 
 
 def _labels(prompts: pictures.Prompts) -> dict[str, Int[np.ndarray, " rows"]]:
-    """Returns drawing style and group of subjects of each prompt; only embedded pictures have them."""
+    """Returns drawing style and group of each prompt, which embedded pictures alone have."""
     if prompts.concept is None or prompts.style is None:
         return {}
     groups = [emoji.concepts()[c].group for c in prompts.concept]
