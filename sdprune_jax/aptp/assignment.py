@@ -109,5 +109,5 @@ def _is_cut_for(assignment: artefacts.Output, workdir: pathlib.Path) -> bool:
     experts = artefacts.output_of("materialise", workdir)
     if not experts.record.is_file():
         return True
-    cut_for = artefacts.made_from(experts).get("assign")
+    cut_for = artefacts.inputs_of(experts).get("assign")
     return cut_for in (None, artefacts.identity(assignment))

@@ -22,7 +22,7 @@ from sdprune_jax.sites import macs
 from sdprune_jax.stages import cost_card, inputs
 from sdprune_jax.training import encoded
 
-_TOLERANCE = 0.02  # of the budget, beyond which a warning is due
+_TOLERANCE = 0.02  # share of the budget that MACs may be off before a warning is due
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -33,55 +33,50 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         which of all gates each expert keeps; and `experts_<split>.npy`, of every prompt.
 
     Raises:
-        ValueError: if the run has no finished router, or not the gates that `final_codes` asks for.
+        UserError: if the run has no finished router, or not the gates that `final_codes` asks for.
     """
-    section, work = run.assign, pathlib.Path(run.workdir)
+    section, work, model = run.assign, pathlib.Path(run.workdir), inputs.open_model(run)
     assert section is not None
-    model, output = inputs.open_model(run), artefacts.output_of("assign", work)
+    output = artefacts.output_of("assign", work)
     params, trained = router_training.load(work, model, mesh)
+    source, budget = trained.data, trained.macs_budget
     made_from = {
         "section": dataclasses.asdict(section),
         "model": artefacts.model_state(model.directory, trained.variant),
         "router": artefacts.identity(artefacts.output_of("router", work)),
-        "pictures": pictures.checksums_of(trained.data.dataset, trained.data.directory),
+        "pictures": pictures.checksums_of(source.dataset, source.directory),
     }
     if artefacts.is_complete(output, made_from):
         return output.directory
     layout = layout_of(sites.table(model.unet))
-    if section.final_codes == "stored":
-        code_gates = _stored_gates(work / "router", section.fit_budget)
-    else:
-        code_gates = _code_gates(params, layout, section.final_codes, trained.seed)
+    code_gates = _code_gates(section, params, trained.seed, layout, work / "router")
     similarity, labels = {}, {}
     for split in emoji.SPLITS:
-        prompts, embeddings = _prompts(trained, model, split, work / "router" / "cache", mesh)
+        cache_dir = work / "router" / "cache"
+        labels[split], embeddings = _prompts(trained, model, split, cache_dir, mesh)
         similarity[split] = assignment.similarities(
             params, embeddings, layout, code_gates, section.route_noise
         )
-        labels[split] = _labels(prompts)
     offsets = np.zeros(trained.num_codes, np.float32)
     if section.balance == "optimal_transport":
         offsets = balance.offsets(similarity["train"])
     experts = {split: assignment.nearest(s, offsets) for split, s in similarity.items()}
     costs = router_training.budget_costs(model, trained.latent_size, trained.mac_counter)
-    keep, shift = np.asarray(code_gates) >= 0.5, np.zeros(1)
+    shift, keep = np.zeros(1), np.asarray(code_gates) >= 0.5
     unfitted = _kept(keep, layout, costs)
     if section.fit_budget != "none":
-        counts = np.bincount(experts["train"], minlength=trained.num_codes)
-        shift, keep = _fit_budget(section, params, trained, counts, costs, layout)
+        shift, keep = _fit_budget(section, params, trained, experts["train"], costs, layout)
     kept = _kept(keep, layout, costs)
-    splits = {
-        split: balance.figures(expert, kept, trained.macs_budget, labels[split])
-        for split, expert in experts.items()
-    }
-    _warn(splits, kept, trained.macs_budget, section.fit_budget)
+    figures = lambda split: balance.figures(experts[split], kept, budget, labels[split])
+    splits = {split: figures(split) for split in experts}
+    _warn(splits, kept, budget, section.fit_budget)
     arrays = {"architectures": keep, "offsets": offsets, "code_gates": np.asarray(code_gates)}
     arrays |= {f"experts_{split}": expert for split, expert in experts.items()}
     with artefacts.writing(output, made_from) as partial:
         expert_files.save_arrays(partial.directory, arrays)
         partial.record = AssignRecord(
             route_noise=section.route_noise,
-            macs_budget=trained.macs_budget,
+            macs_budget=budget,
             mac_counter=trained.mac_counter,
             latent_size=trained.latent_size,
             logit_shift=shift.tolist(),
@@ -99,23 +94,25 @@ def _prompts(
     split: str,
     cache_dir: pathlib.Path,
     mesh: Mesh,
-) -> tuple[pictures.Prompts, Float[np.ndarray, "rows n"]]:
-    """Returns the prompts that the router was trained with, and what it reads of them."""
+) -> tuple[dict[str, Int[np.ndarray, " _rows"]], Float[np.ndarray, "rows n"]]:
+    """Returns the labels of the prompts of the router's pictures, and what it reads of them."""
     source, variant = trained.data, trained.variant or None
     images = pictures.load(source, split)
     prompts = pictures.prompts(images, split, trained.seed, source.captions_per_image)
-    return prompts, encoded.embed(source.encoder, model, prompts.texts, mesh, cache_dir, variant)
+    embeddings = encoded.embed(source.encoder, model, prompts.texts, mesh, cache_dir, variant)
+    return _labels(prompts), embeddings
 
 
 def _fit_budget(
     section: config.Assign,
     params: Any,
     trained: RouterRecord,
-    counts: Int[np.ndarray, " k"],
+    expert: Int[np.ndarray, " rows"],
     costs: macs.SiteMacs,
     layout: Layout,
 ) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, "k d"]]:
     """Shifts the logits of all experts, or of each, until their MACs are as the budget says."""
+    counts = np.bincount(expert, minlength=trained.num_codes)
     average = np.atleast_2d(counts / counts.sum())
     weights = average if section.fit_budget == "average" else np.eye(trained.num_codes)
     logits, noise = _final_logits(params, section.final_codes, trained.seed)
@@ -162,8 +159,12 @@ def _final_logits(
     return codes, gates.gumbel(jax.random.uniform(jax.random.key(seed), codes.shape))
 
 
-def _code_gates(params: Any, layout: Layout, final_codes: str, seed: int) -> Float[Array, "k d"]:
-    logits, noise = _final_logits(params, final_codes, seed)
+def _code_gates(
+    section: config.Assign, params: Any, seed: int, layout: Layout, directory: pathlib.Path
+) -> Float[Array, "k d"]:
+    if section.final_codes == "stored":
+        return _stored_gates(directory, section.fit_budget)
+    logits, noise = _final_logits(params, section.final_codes, seed)
     return gates.soft_gates(logits, noise, layout)
 
 
