@@ -13,6 +13,7 @@ from sdprune_jax.aptp.records import RouterRecord
 from sdprune_jax.files import model_directory
 from sdprune_jax.files.weights import save_params
 from sdprune_jax.models import unet, vae
+from sdprune_jax.stages import inputs
 
 UNET = unet.UNetConfig(
     sample_size=8,
@@ -26,13 +27,17 @@ UNET = unet.UNetConfig(
 )
 # The least to compile: one level, two transformers and three ResNets that can go.
 ONE_LEVEL = dataclasses.replace(
-    UNET, block_out_channels=(16,), attention_head_dim=(2,),
-    down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-)  # fmt: skip
+    UNET,
+    block_out_channels=(16,),
+    attention_head_dim=(2,),
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+)
 LAYOUT = layout.layout_of(sites.table(UNET))
 # One device: programs of eight compile for longer, and trainings of test_train.py have those.
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
 DATA = config.RouterData(num_images=24, captions_per_image=2)
+SOURCE = inputs.picture_source(DATA)
 
 
 def make(
@@ -40,14 +45,10 @@ def make(
 ) -> model_directory.ModelConfig:
     """Random parameters, biases and norms too; the tokenizer is that of the embedded model."""
     embedded = model_directory.open_model(model_directory.directory_of("embedded"))
-    text = dataclasses.replace(
-        embedded.text_encoder, hidden_size=12, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2,
-    )  # fmt: skip
-    vae_config = vae.VAEConfig(
-        sample_size=64, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2,
-        scaling_factor=1.0,
-    )  # fmt: skip
+    sizes = {"intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = dataclasses.replace(embedded.text_encoder, hidden_size=12, **sizes)
+    sizes = {"sample_size": 64, "block_out_channels": (4, 4, 4, 4), "layers_per_block": 1}
+    vae_config = vae.VAEConfig(**sizes, norm_num_groups=2, scaling_factor=1.0)
     model = dataclasses.replace(embedded, text_encoder=text, unet=unet_config, vae=vae_config)
     params = {
         name: random_params(model_directory.param_shapes(model, name), seed)
@@ -69,14 +70,11 @@ def random_params(shapes, seed):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def write_router(
-    workdir: pathlib.Path, model: model_directory.ModelConfig, **changes
-) -> config.Router:
-    """A finished router of three codes that close about a third of all gates."""
-    section = config.Router(**{"num_codes": 3, "macs_budget": 0.7, "data": DATA} | changes)
+def write_router(workdir: pathlib.Path, model: model_directory.ModelConfig) -> None:
+    """Writes a finished router of three codes that close about a third of all gates."""
     width = model.text_encoder.hidden_size
     sizes = layout.layout_of(sites.table(model.unet))
-    params = router.init_params(sizes, width, section.num_codes, 0)
+    params = router.init_params(sizes, width, 3, 0)
     rng = np.random.default_rng(1)
     shape = params["codes"].shape
     params["codes"] = rng.normal(-2.8, 1.0, size=shape).astype(np.float32)
@@ -85,9 +83,8 @@ def write_router(
     with artefacts.writing(artefacts.output_of("router", workdir), made_from) as partial:
         save_params(partial.directory, params, dtype=np.float32, name="model")
         partial.record = RouterRecord(
-            str(model.directory), "", 0, width, [8, 8], dataclasses.asdict(section)
+            str(model.directory), "", 0, width, (8, 8), 3, 0.7, "exact", SOURCE
         )
-    return section
 
 
 def rewrite(output: artefacts.Output, change) -> None:

@@ -84,25 +84,24 @@ def test_structure_of_stable_diffusion_2_is_the_published_one():
 def test_router_predicts_and_cuts_as_the_published_one(model, tmp_path, capsys):
     heads, codes, soft = _write(tmp_path / "aptp")
     _convert(tmp_path / "aptp", tmp_path / "run", model)
-    params, section, values = router_training.load(tmp_path / "run", model, MESH)
+    params, trained = router_training.load(tmp_path / "run", model, MESH)
     x = np.random.default_rng(1).normal(size=(5, WIDTH)).astype(np.float32)
     parts = [x @ heads[f"mh_fc.{i}.weight"].T + heads[f"mh_fc.{i}.bias"]
              for i in range(len(WIDTHS))]  # fmt: skip
     found = router.predict(params, jnp.asarray(x), LAYOUT)
     np.testing.assert_allclose(found, np.concatenate(parts, axis=1), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(params["codes"], codes)
-    assert (section.num_codes, values.latent_size) == (3, [32, 32])
-    costs = router_training.budget_costs(section, model, (32, 32))
+    assert (trained.num_codes, trained.latent_size) == (3, (32, 32))
+    costs = router_training.budget_costs(model, (32, 32), trained.mac_counter)
     kept = router_training.kept_shares(jnp.asarray(soft), LAYOUT, costs)
-    assert section.macs_budget == pytest.approx(float(kept.mean()), abs=5e-5)
+    assert trained.macs_budget == pytest.approx(float(kept.mean()), abs=5e-5)
     assert f"3 codes, which keep {kept[0]:.3f}" in capsys.readouterr().out
 
     run = config.Run(workdir=str(tmp_path / "run"), model=str(model.directory))
-    section.data.num_images = 8
     few = {"num_images": 8, "captions_per_image": 1}
     aptp_model.rewrite(
         artefacts.output_of("router", run.workdir),
-        lambda values: values["section"]["data"].update(few),
+        lambda values: values["data"].update(few),
     )
     run.assign = config.Assign("published", "stored", "none", fit_budget="none")
     output = assign.run(run, MESH)

@@ -7,6 +7,7 @@ import pytest
 
 from sdprune_jax import artefacts, config
 from sdprune_jax.aptp.records import DenseRow, ExpertRow, ExpertsRecord
+from sdprune_jax.data.pictures import PictureSource
 from sdprune_jax.models import clip, noise_schedule, unet, vae
 from sdprune_jax.stages import cost_card
 
@@ -135,9 +136,8 @@ def test_training_holds_four_copies_of_the_parameters(tmp_path):
 
 def test_card_counts_what_a_run_has_without_being_asked(tiny, tmp_path):
     rows = [ExpertRow("", 1, share, 1, 1.0, {}, {}) for share in (0.6, 0.8)]
-    record = ExpertsRecord(
-        "", {"num_images": 8}, 0, "", "exact", [8, 8], "", 7, DenseRow(1, 1), rows
-    )
+    source = PictureSource(num_images=8)
+    record = ExpertsRecord("", source, 0, "", "exact", (8, 8), "", 7, DenseRow(1, 1), rows)
     output = artefacts.output_of("materialise", tmp_path / "run")
     artefacts.seal(output, {}, record)
     scheduler = tmp_path / "scheduler" / "scheduler_config.json"

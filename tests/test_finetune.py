@@ -14,13 +14,11 @@ from sdprune_jax import artefacts, config
 from sdprune_jax.files import checksums, model_directory
 from sdprune_jax.models import unet
 from sdprune_jax.stages import assign, finetune, materialise
-from sdprune_jax.training import distillation, encoded
+from sdprune_jax.training import encoded
 
 MESH = aptp_model.MESH
-TRAINING = config.Training(
-    num_steps=4, batch_size=8, learning_rate=2e-4, warmup_steps=1, ema_decay=0.5, log_every=2,
-    save_every=2, num_evals=1,
-)  # fmt: skip
+_STEPS = {"num_steps": 4, "warmup_steps": 1, "log_every": 2, "save_every": 2}
+TRAINING = config.Training(batch_size=8, learning_rate=2e-4, ema_decay=0.5, num_evals=1, **_STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +29,14 @@ def model(tmp_path_factory):
 def _work(model, workdir, prompts_of=(0, 2)):
     """A run of three experts, some of which have prompts."""
     aptp_model.write_router(workdir, model)
+    # Denoising would lead away from a teacher that is random: the distance to it alone shall fall.
     run = config.Run(
-        workdir=str(workdir), model=str(model.directory), assign=config.Assign(),
-        # Of a random teacher, denoising leads away: what is to fall is the distance to it alone.
+        workdir=str(workdir),
+        model=str(model.directory),
+        assign=config.Assign(),
         materialise=config.Materialise(),
         finetune=config.Finetune(denoising=0.0, training=TRAINING),
-    )  # fmt: skip
+    )
     assign.run(run, MESH)
     for split, count in (("train", 48), ("val", 24)):
         found = np.resize(np.array(prompts_of, np.int32), count)
@@ -118,7 +118,7 @@ def test_batches_are_of_the_experts_own_prompts(model, tmp_path, monkeypatch):
 
 def test_an_undamaged_student_has_nothing_to_distil(model):
     section = config.Finetune(denoising=0.0, caption_dropout=0.5)
-    loss_fn = distillation.make_loss(section, model, model.unet)
+    loss_fn = finetune.make_loss(section, model, model.unet)
     params = aptp_model.random_params(unet.param_shapes(model.unet), 5)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -138,9 +138,7 @@ def test_published_rate_stays_after_its_ramp():
     moves = {}
     for schedule in ("constant", "cosine"):
         training = dataclasses.replace(TRAINING, num_steps=50, warmup_steps=2, weight_decay=0.0)
-        optimizer = distillation.make_optimizer(
-            config.Finetune(schedule=schedule, training=training)
-        )
+        optimizer = finetune.make_optimizer(config.Finetune(schedule=schedule, training=training))
         params = {"w": jnp.zeros(2)}
         state, update = optimizer.init(params), jax.jit(optimizer.update)
         for _ in range(40):

@@ -1,20 +1,17 @@
 """Pictures and prompts of stored datasets, as the router and the experts read them."""
 
-import pathlib
-
 import aptp_model
 import numpy as np
 import pytest
 from PIL import Image
 
-from sdprune_jax import config
-from sdprune_jax.data import cc3m, pictures
+from sdprune_jax.data import cc3m, emoji, pictures
 from sdprune_jax.stages import assign
 from sdprune_jax.training import encoded
 
 
 @pytest.fixture(scope="module")
-def section(tmp_path_factory):
+def stored(tmp_path_factory):
     """Five pictures to train on and two others, of several shapes."""
     source = tmp_path_factory.mktemp("source")
     for split, count in (("train", 5), ("validation", 2)):
@@ -27,13 +24,7 @@ def section(tmp_path_factory):
             pixels = rng.integers(0, 256, (70 + 11 * i, 100 - 9 * i, 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}_0.png")
         cc3m.prepare(source, source / "data", split)
-    return config.RouterData(
-        dataset="cc3m",
-        directory=str(source / "data"),
-        image_size=64,
-        captions_per_image=2,
-        flips=True,
-    )
+    return pictures.PictureSource("cc3m", str(source / "data"), image_size=64)
 
 
 def test_square_is_a_crop_of_the_resized_picture():
@@ -52,47 +43,41 @@ def test_square_is_a_crop_of_the_resized_picture():
     np.testing.assert_array_equal(np.diff(columns), 8)
 
 
-def test_stored_pictures_are_read_by_rows_the_same_every_time(section):
-    pairs = pictures.load(section, "train")
-    assert (len(pairs.images), pairs.images.shape) == (5, (5, 64, 64, 3))
-    found = pairs.images[np.array([4, 0, 4])]
+def test_stored_pictures_are_read_by_rows_the_same_every_time(stored):
+    train = pictures.load(stored, "train")
+    assert (len(train.images), train.images.shape) == (5, (5, 64, 64, 3))
+    found = train.images[np.array([4, 0, 4])]
     assert found.shape == (3, 64, 64, 3)
     np.testing.assert_array_equal(found[0], found[2])
-    np.testing.assert_array_equal(pictures.load(section, "train").images[np.array([0])], found[1:2])
-    texts = pictures.prompts(section, pairs, "train", 0).texts
+    np.testing.assert_array_equal(pictures.load(stored, "train").images[np.array([0])], found[1:2])
+    texts = pictures.prompts(train, "train", 0, 2).texts
     assert texts == [f"train {i}" for i in range(5) for _ in range(2)]
-    val = pictures.load(section, "val")
-    assert pictures.prompts(section, val, "val", 0).texts == ["validation 0", "validation 1"]
-    assert pictures.state(val) != pictures.state(pairs)
-    assert assign._labels(pictures.prompts(section, val, "val", 0)) == {}
-    section = config.RouterData(dataset="cc3m")
+    val = pictures.load(stored, "val")
+    prompts = pictures.prompts(val, "val", 0, 2)
+    assert prompts.texts == ["validation 0", "validation 1"]
+    assert assign._labels(prompts) == {}
+    assert pictures.state(val) != pictures.state(train)
     with pytest.raises(ValueError, match=r"set config\.router\.data\.directory"):
-        pictures.load(section, "train")
+        pictures.load(pictures.PictureSource("cc3m"), "train")
 
 
 def test_latents_of_stored_pictures_follow_them_and_their_mirror_images(
-    section, tmp_path, monkeypatch
+    stored, tmp_path, monkeypatch
 ):
-    model = aptp_model.make(tmp_path / "model")
-    pairs = pictures.load(section, "train")
-    texts = pictures.prompts(section, pairs, "train", 0).texts
-    make = lambda cached: encoded.examples(section, model, pairs, texts, aptp_model.MESH, cached)
-    found = make(tmp_path / "cache")
+    model, images = aptp_model.make(tmp_path / "model"), pictures.load(stored, "train")
+    texts = pictures.prompts(images, "train", 0, 2).texts
+    encode = lambda images, texts, cache_dir, flips: encoded.encode(
+        model, images, texts, aptp_model.MESH, cache_dir, flips=flips
+    )
+    found = encode(images, texts, tmp_path / "cache", True)
     assert (found.mean.shape, found.states.shape[0]) == ((5, 2, 8, 8, 4), 10)
     for row, flip in ((0, 0), (3, 1)):
-        image = pairs.images[np.array([row])][:, :, :: 1 - 2 * flip]
-        alone = config.RouterData(num_images=1)
-        own = encoded.examples(
-            alone,
-            model,
-            pictures.emoji.Pairs(image, np.zeros(1, np.int32), np.zeros(1, np.int32)),
-            ["a cat"],
-            aptp_model.MESH,
-            None,
-        )
+        image = images.images[np.array([row])][:, :, :: 1 - 2 * flip]
+        alone = emoji.Pairs(image, *np.zeros((2, 1), np.int32))
+        own = encode(alone, ["a cat"], None, False)
         np.testing.assert_allclose(found.mean[row, flip], own.mean[0, 0], rtol=0, atol=1e-5)
     monkeypatch.setattr(encoded, "_IN_MEMORY", 0)  # as of a large dataset
-    on_disk = make(tmp_path / "other")
+    on_disk = encode(images, texts, tmp_path / "other", True)
     np.testing.assert_array_equal(on_disk.mean, found.mean)
     np.testing.assert_array_equal(on_disk.states, found.states)
-    assert not [path for path in pathlib.Path(tmp_path / "other").iterdir() if path.is_file()]
+    assert not [path for path in (tmp_path / "other").iterdir() if path.is_file()]

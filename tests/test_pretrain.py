@@ -9,19 +9,21 @@ import pytest
 
 from sdprune_jax import config, pipeline
 from sdprune_jax.data import emoji
+from sdprune_jax.data.order import rows_of_batch
 from sdprune_jax.models import clip, vae
+from sdprune_jax.models.initial import init_params
 from sdprune_jax.pretrain import autoencoder, contrastive, soup
-from sdprune_jax.training import loop, settings_file
+from sdprune_jax.stages import pretrain
+from sdprune_jax.training import settings_file
 
 
 def _vae():
-    section = config.PretrainVAE(widths=(8, 8), norm_num_groups=4)
-    return autoencoder.configure(section)
+    return pretrain.configure_vae(config.PretrainVAE(widths=(8, 8), norm_num_groups=4))
 
 
 def test_centred_latents_decode_to_the_same_images(tmp_path):
     vae_config = _vae()
-    params = loop.init_params(vae.param_shapes(vae_config), 0)
+    params = init_params(vae.param_shapes(vae_config), 0)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
     images = rng.integers(0, 256, size=(6, 64, 64, 3), dtype=np.uint8)
@@ -44,8 +46,8 @@ def test_centred_latents_decode_to_the_same_images(tmp_path):
 
 def test_text_encoder_is_the_tower_without_its_last_layer():
     section = config.PretrainCLIP(text_layers=3, vision_layers=1, width=16, heads=2)
-    clip_config = contrastive.configure(section, 600)
-    params = loop.init_params(clip.clip_param_shapes(clip_config), 0)
+    clip_config = pretrain.configure_clip(section, 600)
+    params = init_params(clip.clip_param_shapes(clip_config), 0)
     text_config, kept = contrastive.text_encoder(clip_config, params)
     shapes = clip.text_param_shapes(text_config)
     assert jax.tree.map(jnp.shape, kept) == jax.tree.map(lambda s: s.shape, shapes)
@@ -67,18 +69,16 @@ def test_training_goes_on_with_the_settings_that_it_began_with(tmp_path):
     section.unet.training.learning_rate, section.vae.widths = 0.5, (8, 16)
     with pytest.raises(ValueError, match="begun with other settings") as error:
         keep(seed=1)
-    for line in (
-        "seed was 0, is 1", "unet.training.learning_rate was 0.001, is 0.5",
-        "vae.widths was [16, 32, 64], is [8, 16]", "say --force",
-    ):  # fmt: skip
-        assert line in str(error.value)
+    changed = ["seed", "unet.training.learning_rate", "vae.widths"]
+    values = ["0, is 1", "0.001, is 0.5", "[16, 32, 64], is [8, 16]"]
+    for name, value in zip(changed, values, strict=True):
+        assert f"{name} was {value}" in str(error.value)
+    assert "say --force" in str(error.value)
     assert "num_steps" not in str(error.value)
     keep(seed=1, force=True)
     keep(seed=1)
     forced = json.loads((tmp_path / "settings.json").read_text())["forced"]
-    assert [change.split(" was ")[0] for change in forced] == [
-        "seed", "unet.training.learning_rate", "vae.widths",
-    ]  # fmt: skip
+    assert [change.split(" was ")[0] for change in forced] == changed
 
 
 def test_varied_images_stay_on_white():
@@ -116,17 +116,17 @@ def test_the_mean_of_clips_leaves_what_the_unet_reads_as_it_was():
 
 def test_rows_of_one_group_come_in_runs():
     groups = np.arange(480) % 10
-    rows = loop.rows_of_batch(480, 96, 1, seed=0, groups=groups)
+    rows = rows_of_batch(480, 96, 1, seed=0, groups=groups)
     counts = np.bincount(groups[rows], minlength=10)
     assert (counts % 24 == 0).all()
-    seen = np.concatenate([loop.rows_of_batch(480, 96, s, seed=0, groups=groups) for s in range(5)])
+    seen = np.concatenate([rows_of_batch(480, 96, s, seed=0, groups=groups) for s in range(5)])
     assert sorted(seen) == list(range(480))
 
 
 def test_an_image_is_read_through_the_patches_that_are_kept_and_no_others():
     section = config.PretrainCLIP(width=32, heads=2, vision_layers=2, text_layers=2)
-    settings = contrastive.configure(section, 600)
-    params = loop.init_params(clip.clip_param_shapes(settings), 0)
+    settings = pretrain.configure_clip(section, 600)
+    params = init_params(clip.clip_param_shapes(settings), 0)
     embed = jax.jit(partial(clip.CLIP(settings).apply, {"params": params}, method="embed_images"))
     image = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     shuffled = np.random.default_rng(1).permutation(64)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from sdprune_jax import config, main, sharding
 from sdprune_jax.data import cache, emoji
+from sdprune_jax.data.order import rows_of_batch
 from sdprune_jax.evaluate.protocols import PROTOCOLS
 from sdprune_jax.training import loop
 
@@ -47,26 +48,17 @@ def trains(directory, coordinator="", process_id=0, pause=0.0):
     seen = (directory / f"rows{process_id}").open("a")
 
     def batch_at(step):
-        rows = loop.rows_of_batch(40, 16, step, seed=0)
+        rows = rows_of_batch(40, 16, step, seed=0)
         print(step, *rows, file=seen, flush=True)
         time.sleep(pause)
         return {"x": x[rows], "y": np.ones((16, 16), np.float32)}
 
     sharding.MIN_SHARDED_BYTES = 0
-    ema = loop.fit(
-        _loss,
-        _PARAMS,
-        loop.adamw(1e-2, 2, _STEPS, 0.1, 1.0),
-        batch_at,
-        {"scale": np.float32(2.0)},
-        mesh=mesh,
-        num_steps=_STEPS,
-        ema_decay=0.9,
-        seed=3,
-        directory=directory,
-        log_every=1,
-        save_every=4,
-    )
+    optimizer = loop.adamw(1e-2, 2, _STEPS, 0.1, 1.0)
+    values = {"num_steps": _STEPS, "batch_size": 16, "ema_decay": 0.9, "seed": 3}
+    values |= {"log_every": 1, "save_every": 4, "num_evals": 0}
+    training = loop.TrainingSettings(optimizer, mesh=mesh, directory=directory, **values)
+    ema = loop.fit(training, _loss, _PARAMS, batch_at, {"scale": np.float32(2.0)})
     assert {shard.data.shape for shard in ema["w"].addressable_shards} == {(8, 16)}
     whole = sharding.to_host(ema["w"])
     if process_id == 0:

@@ -98,7 +98,7 @@ def _record(work, name="images/generate.json"):
 
 
 def test_every_prompt_is_drawn_by_its_expert_with_the_noise_of_every_model(model, work, calls):
-    expert = assignment.of_prompts(work, model, TEXTS, MESH)
+    expert = assignment.assign(work, model, TEXTS, MESH)
     assert len(set(expert)) == 3
     generate.run(_run(model, work, generate=GENERATE), MESH)
     shifts = np.array([1.0, 5.0, 3.0])
@@ -117,7 +117,7 @@ def test_every_prompt_is_drawn_by_its_expert_with_the_noise_of_every_model(model
 
 
 def test_record_says_who_drew_what(model, work):
-    expert = assignment.of_prompts(work, model, TEXTS, MESH)
+    expert = assignment.assign(work, model, TEXTS, MESH)
     generate.run(_run(model, work, generate=GENERATE), MESH)
     found = _record(work)["models"]
     assert list(found) == ["dense", "routed"]
@@ -186,7 +186,7 @@ def test_an_interrupted_evaluation_of_experts_goes_on(model, work, calls, evalua
         assert len(each) == said["num"] == 11
         assert each.mean() == pytest.approx(said["value"])
     assert [row["prompts"] for row in record["routed"]["experts"]] == np.bincount(
-        assignment.of_prompts(work, model, TEXTS, MESH), minlength=3
+        assignment.assign(work, model, TEXTS, MESH), minlength=3
     ).tolist()
     [folder] = (work / "evaluate" / "pictures").glob("routed-*")
     generate.run(_run(model, work, generate=GENERATE), MESH)
@@ -244,8 +244,7 @@ def test_models_of_a_run_are_those_it_has_made(model, work):
     directories = expert_files.models_of_run(str(model.directory), work)
     assert list(directories) == ["dense", "pruned", "routed"]
     assert [path.name for path in directories["routed"]] == ["00", "01", "02", "100"]
-    assert routed.Drawn(directories["routed"], np.array([2, 0, 2], np.int32)).parts() == [
-        (work / "experts" / "00", [1]),
-        (work / "experts" / "02", [0, 2]),
-    ]
+    first, last = work / "experts" / "00", work / "experts" / "02"
+    drawn = routed.Drawn(directories["routed"], np.array([2, 0, 2], np.int32))
+    assert drawn.parts() == [(first, [1]), (last, [0, 2])]
     assert list(expert_files.models_of_run("embedded", work / "nowhere")) == ["dense"]

@@ -58,8 +58,8 @@ def test_one_expert_has_all_prompts_and_keeps_the_budget_within_a_unit(model, tm
     assert 0 <= 0.75 * whole - row["macs"] < _largest_unit(model, 8)
     texts = json.loads((output / "00" / "prompts.json").read_text())
     for split in ("train", "val", "test"):
-        pairs = pictures.load(aptp_model.DATA, split)
-        assert texts[split] == pictures.prompts(aptp_model.DATA, pairs, split, 1).texts
+        images = pictures.load(aptp_model.SOURCE, split)
+        assert texts[split] == pictures.prompts(images, split, 1, 2).texts
         assert row["prompts"][split] == len(texts[split])
 
     expert = model_directory.open_model(output / "00")
@@ -142,7 +142,7 @@ def test_finetune_trains_the_one_expert_on_all_prompts(model, tmp_path, monkeypa
     texts = [(path / "00" / "prompts.json").read_text() for path in (source, output)]
     assert texts[0] == texts[1]
     read = expert_files.read(tmp_path)
-    assert (read.seed, read.data) == (1, aptp_model.DATA)
+    assert (read.seed, read.data) == (1, aptp_model.SOURCE)
 
 
 @pytest.mark.parametrize(("criterion", "signs_cancel"), [("taylor", True), ("diff-pruning", False)])

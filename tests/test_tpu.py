@@ -35,10 +35,9 @@ def _sharded(tree, mesh):
 
 
 def test_a_block_sends_its_weights_and_their_gradients_alone(mesh):
-    block = unet.DownBlock(
-        unet.UNetConfig(), level=1, has_attention=True, num_resnets=1, dtype=jnp.bfloat16,
-        remat=False, gate_position="post_norm", downsample=False,
-    )  # fmt: skip
+    shape = {"level": 1, "has_attention": True, "num_resnets": 1, "downsample": False}
+    computes = {"dtype": jnp.bfloat16, "remat": False, "gate_position": "post_norm"}
+    block = unet.DownBlock(unet.UNetConfig(), **shape, **computes)
     split = sharding.batch_sharding(mesh)
     inputs = [
         _Shape(shape, jnp.float32, sharding=split)

@@ -14,7 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from sdprune_jax import config, sharding
+from sdprune_jax import sharding
+from sdprune_jax.data.order import rows_of_batch
 from sdprune_jax.training import loop
 
 _STEPS = 12
@@ -28,18 +29,18 @@ def _loss(params, frozen, batch, key):
 
 
 def _batch_at(step):
-    rows = loop.rows_of_batch(40, 16, step, seed=0)
+    rows = rows_of_batch(40, 16, step, seed=0)
     x = np.random.default_rng(0).normal(size=(40, 32)).astype(np.float32)
     return {"x": x[rows], "y": np.ones((16, 16), np.float32)}
 
 
-def _fit(directory, batch_at=_batch_at, log_every=1, mesh=None, loss=_loss, num_steps=_STEPS):
-    return loop.fit(
-        loss, _PARAMS, loop.adamw(1e-2, 2, _STEPS, 0.1, 1.0), batch_at,
-        {"scale": jnp.float32(2.0)}, mesh=mesh or sharding.make_mesh(1, jax.device_count()),
-        num_steps=num_steps, ema_decay=0.9, seed=3, directory=directory, log_every=log_every,
-        save_every=4,
-    )  # fmt: skip
+def _fit(directory, batch_at=_batch_at, mesh=None, loss=_loss, evaluate=None, **changes):
+    mesh = mesh or sharding.make_mesh(1, jax.device_count())
+    values = {"num_steps": _STEPS, "batch_size": 16, "ema_decay": 0.9, "seed": 3}
+    values |= {"log_every": 1, "save_every": 4, "num_evals": 0} | changes
+    optimizer = loop.adamw(1e-2, 2, _STEPS, 0.1, 1.0)
+    training = loop.TrainingSettings(optimizer, mesh=mesh, directory=directory, **values)
+    return loop.fit(training, loss, _PARAMS, batch_at, {"scale": jnp.float32(2.0)}, evaluate)
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 8), (8, 1), (2, 4)])
@@ -91,13 +92,13 @@ def test_losses_see_whole_weights_and_the_state_stays_split():
 
 
 def test_every_row_is_seen_once_an_epoch():
-    seen = np.concatenate([loop.rows_of_batch(10, 4, step, seed=5) for step in range(5)])
+    seen = np.concatenate([rows_of_batch(10, 4, step, seed=5) for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert list(seen[:10]) != list(seen[10:])
 
 
 def test_data_of_fewer_rows_than_a_batch_is_repeated_evenly():
-    batches = [loop.rows_of_batch(3, 8, step, seed=5) for step in range(3)]
+    batches = [rows_of_batch(3, 8, step, seed=5) for step in range(3)]
     assert np.bincount(np.concatenate(batches)).tolist() == [8, 8, 8]
     assert all(np.bincount(rows, minlength=3).min() >= 2 for rows in batches)
 
@@ -281,7 +282,7 @@ def test_a_step_that_is_not_finite_moves_nothing_but_its_number():
 
 @pytest.mark.parametrize("log_every", [1, 12])
 def test_steps_that_are_not_finite_are_skipped_and_counted(log_every, tmp_path, caplog):
-    ema = _fit(tmp_path / "run", _broken_from(5, 6), log_every)
+    ema = _fit(tmp_path / "run", _broken_from(5, 6), log_every=log_every)
     assert np.isfinite(ema["w"]).all()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert sum(json.loads(line).get("skipped", 0) for line in lines) == 2
@@ -301,7 +302,7 @@ def test_a_training_cut_short_before_a_bad_step_ends_as_if_it_had_not_been(tmp_p
 def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(log_every, before, tmp_path):
     want = rf"grad_norm, loss not finite in 1\d steps .* before step {before};.* of step 8"
     with pytest.raises(FloatingPointError, match=want):
-        _fit(tmp_path / "run", _broken_from(1, 11), log_every)
+        _fit(tmp_path / "run", _broken_from(1, 11), log_every=log_every)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path):
@@ -314,12 +315,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path
 
 
 @pytest.mark.parametrize(("num_evals", "steps"), [(0, []), (2, [3, 6])])
-def test_a_training_is_evaluated_as_often_as_its_section_says(tmp_path, num_evals, steps):
-    section = config.Training(num_steps=6, batch_size=16, warmup_steps=2, num_evals=num_evals)
-    loop.fit_section(
-        section, _loss, _PARAMS, _batch_at, {"scale": jnp.float32(2.0)},
-        lambda params: {"val_size": float(jnp.linalg.norm(params["w"]))}, 0,
-        sharding.make_mesh(1, jax.device_count()), tmp_path,
-    )  # fmt: skip
+def test_a_training_is_evaluated_as_often_as_its_settings_say(tmp_path, num_evals, steps):
+    evaluate = lambda params: {"val_size": float(jnp.linalg.norm(params["w"]))}
+    _fit(tmp_path, evaluate=evaluate, num_steps=6, num_evals=num_evals)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val_size" in line] == steps

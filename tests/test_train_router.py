@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 from aptp_toy import TOY
-from jax.sharding import Mesh
 
 from sdprune_jax import config, sharding, sites
 from sdprune_jax.aptp import codebook, gates, layout, router, router_training
@@ -23,10 +22,10 @@ from sdprune_jax.stages import router as router_stage
 from sdprune_jax.training import encoded
 
 LAYOUT = aptp_model.LAYOUT
+_STEPS = {"num_steps": 4, "warmup_steps": 2, "ramp_steps": 1, "log_every": 1, "save_every": 2}
 SECTION = config.Router(
-    num_codes=3, macs_budget=0.7, num_steps=4, warmup_steps=2, batch_size=8, ramp_steps=1,
-    log_every=1, save_every=2, num_evals=1, data=aptp_model.DATA,
-)  # fmt: skip
+    num_codes=3, macs_budget=0.7, batch_size=8, num_evals=1, data=aptp_model.DATA, **_STEPS
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +47,8 @@ def _batch(warms_up=False):
 
 def _loss(model, **changes):
     section = dataclasses.replace(SECTION, **changes)
-    costs = router_training.budget_costs(section, model, (4, 6))
-    return router_training.make_loss(section, model, costs, LAYOUT)
+    costs = router_training.budget_costs(model, (4, 6), section.mac_counter)
+    return router_stage.make_loss(section, model, costs, LAYOUT)
 
 
 def _inputs():
@@ -64,8 +63,7 @@ def test_step_is_the_same_however_the_batch_is_sharded(model):
     step = jax.value_and_grad(_loss(model), has_aux=True)
     found = []
     for data_axis, fsdp in ((1, 1), (4, 2)):
-        mesh = Mesh(np.array(jax.devices()[: data_axis * fsdp]).reshape(data_axis, fsdp),
-                    ("data", "fsdp"))  # fmt: skip
+        mesh = sharding.make_mesh(data_axis, fsdp, jax.devices()[: data_axis * fsdp])
         placed = (
             sharding.fsdp_shardings(params, mesh, min_bytes=0),
             sharding.fsdp_shardings(frozen, mesh, min_bytes=0),
@@ -97,8 +95,7 @@ def test_gradients_of_the_unet_are_not_computed(model):
 
 
 def _moves(seeds, num_steps=5):
-    section = dataclasses.replace(SECTION, warmup_steps=2, ramp_steps=2, learning_rate=0.1)
-    optimizer = codebook.make_optimizer(section, seeds)
+    optimizer = codebook.make_optimizer(0.1, ramp_steps=2, warmup_steps=2, seeds=seeds)
     params = {"predictor": {"w": jnp.ones(2)}, "codes": jnp.zeros((1, 2))}
     state, seen = optimizer.init(params), []
     for _ in range(num_steps):
@@ -176,19 +173,18 @@ def test_interrupted_training_goes_on_to_the_same_bits(model, tmp_path, monkeypa
     monkeypatch.setattr(encoded.Examples, "batch", fails)  # not called: the output is complete
     assert router_stage.run(_run(model, whole), mesh) == output
     assert len(calls) == 4
-    params, section, _ = router_training.load(
-        whole, model_directory.open_model(model.directory), mesh
-    )
-    assert section == SECTION
+    params, trained = router_training.load(whole, model_directory.open_model(model.directory), mesh)
+    assert (trained.num_codes, trained.macs_budget, trained.data) == (3, 0.7, aptp_model.SOURCE)
     seeded = gates.soft_gates(params["codes"], gates.MEDIAN_NOISE, LAYOUT)
     assert np.ptp(np.asarray(seeded), axis=0).max() > 0.01  # the codes are no longer alike
 
 
 def test_data_is_the_prompts_of_every_picture_and_computed_once(model, tmp_path, monkeypatch):
-    mesh, section = sharding.make_mesh(), dataclasses.replace(aptp_model.DATA, flips=True)
-    pairs = pictures.load(section, "train")
-    prompts = pictures.prompts(section, pairs, "train", 0)
-    make = functools.partial(encoded.examples, section, model, pairs, prompts.texts, mesh, tmp_path)
+    mesh, images = sharding.make_mesh(), pictures.load(aptp_model.SOURCE, "train")
+    prompts = pictures.prompts(images, "train", 0, captions_per_image=2)
+    make = functools.partial(
+        encoded.encode, model, images, prompts.texts, mesh, tmp_path, flips=True
+    )
     first = make()
     assert first.embedding.shape == (48, 12)
     assert first.mean.shape == (24, 2, 8, 8, 4)
@@ -201,16 +197,15 @@ def test_data_is_the_prompts_of_every_picture_and_computed_once(model, tmp_path,
     for i, image in enumerate((0, 0, 23)):
         assert any(np.array_equal(batch["mean"][i], mean) for mean in first.mean[image])
     assert prompts.texts[0].startswith(("a ", "an "))
-    one = dataclasses.replace(section, captions_per_image=1)
-    assert prompts.texts[::2] == pictures.prompts(one, pairs, "train", 0).texts
+    one = pictures.prompts(images, "train", 0, captions_per_image=1)
+    assert prompts.texts[::2] == one.texts
 
 
 def test_budget_that_nothing_keeps_is_refused_before_pictures_are_encoded(model, tmp_path):
     section = dataclasses.replace(SECTION, macs_budget=0.02)
     run = config.Run(workdir=str(tmp_path / "run"), model=str(model.directory), router=section)
     with pytest.raises(ValueError, match=r"macs_budget is 0\.02.* expected from 0\."):
-        router_stage.run(run, sharding.make_mesh())
-    assert not (tmp_path / "run").exists()
+        router_stage.check(run, 8)
 
 
 def test_lowest_share_is_one_unit_a_site_and_no_block_that_can_go():
@@ -222,6 +217,5 @@ def test_lowest_share_is_one_unit_a_site_and_no_block_that_can_go():
 
 
 def test_unknown_encoder_is_refused(model):
-    section = config.RouterData(encoder="nowhere")
     with pytest.raises(ValueError, match="`text_encoder` or a directory of sentence-transformers"):
-        encoded.embeddings(section, model, ["a cat"], sharding.make_mesh(), None)
+        encoded.embed("nowhere", model, ["a cat"], sharding.make_mesh(), None)

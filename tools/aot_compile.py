@@ -56,32 +56,32 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--num_slices", type=int, default=1)
     parser.add_argument("--optimized", action="store_true")
     parser.add_argument("--num_steps", type=int, default=0)
-    parser.add_argument("--utilization", type=float, default=0.4)  # of the roofline
-    asked, rest = parser.parse_known_args(argv)
+    parser.add_argument("--utilization", type=float, default=0.4)  # share of the roofline
+    args, rest = parser.parse_known_args(argv)
     run = command_line.parse(["aot_compile", *rest], flags.FlagValues()).run
-    if not asked.optimized:
+    if not args.optimized:
         jax.config.update("jax_optimization_level", "O0")
-    name = topology_name(asked.topology)
-    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, devices(name, asked.num_slices))
-    print(f"{asked.stage} on {asked.num_slices} x {name}: {dict(mesh.shape)}")
+    name = topology_name(args.topology)
+    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, devices(name, args.num_slices))
+    print(f"{args.stage} on {args.num_slices} x {name}: {dict(mesh.shape)}")
     start = time.monotonic()
-    compiled = compile_step(aot_programs.lower(run, asked.stage, mesh))
+    compiled = compile_step(aot_programs.lower(run, args.stage, mesh))
     print(f"compiled in {time.monotonic() - start:.0f} s")
     kind = name.partition(":")[0]
     chip = aot_costs.CHIPS[kind]
     print(report(compiled, chip))
-    if not asked.optimized:
+    if not args.optimized:
         print("not optimized: memory traffic, and the time that it takes, are upper bounds")
-    if asked.num_steps:
+    if args.num_steps:
         work = aot_costs.work_of(compiled)
-        print(aot_costs.scaling(work, kind, chip, mesh.size, asked.num_steps, asked.utilization))
+        print(aot_costs.scaling(work, kind, chip, mesh.size, args.num_steps, args.utilization))
 
 
 def topology_name(text: str) -> str:
-    """`v5e-16` as libtpu calls it, `v5e:4x4`; names of libtpu stay as they are.
+    """Turns `v5e-16` into libtpu's name `v5e:4x4`; names of libtpu stay as they are.
 
     Raises:
-        ValueError: if it is neither.
+        UserError: if it is neither.
     """
     kind, _, count = text.partition("-")
     if kind in ("v5e", "v6e") and count.isdigit() and int(count) in _GRIDS:
@@ -95,10 +95,10 @@ def topology_name(text: str) -> str:
 
 
 def devices(name: str, num_slices: int) -> Sequence[Any]:
-    """The chips of slices that are not there.
+    """Returns the chips of slices that are not there.
 
     Raises:
-        ValueError: if libtpu is not installed, or knows no such topology.
+        UserError: if libtpu is not installed, or knows no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"libtpu is not installed: pip install 'jax[tpu]=={jax.__version__}'")
@@ -106,17 +106,16 @@ def devices(name: str, num_slices: int) -> Sequence[Any]:
     if name.startswith("v4"):  # one device a chip, as on the machine itself
         options["chip_config_name"] = "megacore"
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except (RuntimeError, ValueError) as error:
         raise UserError(f"libtpu makes no --topology={name}: {error}") from error
-    return found.devices
 
 
 def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Compiles a step, past the compilation cache: no program of absent chips is read back.
 
     Raises:
-        ValueError: if it does not fit in the memory of a chip.
+        UserError: if it does not fit in the memory of a chip.
     """
     try:
         with _no_cache():
@@ -145,7 +144,7 @@ def _no_cache() -> Iterator[None]:
 
 
 def report(compiled: jax.stages.Compiled, chip: aot_costs.Chip) -> str:
-    """Memory, work and collectives of a chip, and the least time that each takes."""
+    """Says what memory, work and collectives a chip has, and the least time that each takes."""
     memory: Any = compiled.memory_analysis()
     work = aot_costs.work_of(compiled)
     flops, moved, sent = work

@@ -15,16 +15,22 @@ _Result = tuple[str, tuple[int, ...]]  # dtype, shape
 
 
 class Chip(NamedTuple):
-    """What one chip has; memory is what the compiler leaves of it, the rest is from the vendor.
+    """What one chip can do.
 
-    Source: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, for bfloat16, and
-        https://www.nvidia.com/en-us/data-center/a100/.
+    Attributes:
+        memory: GiB that the compiler leaves to programs.
+        flops: bfloat16 operations a second.
+        bandwidth: bytes a second to and from the memory.
+        network: bytes a second to other chips of a slice.
+
+    Source: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and
+        https://www.nvidia.com/en-us/data-center/a100/, but for the memory.
     """
 
-    memory: float  # GiB
-    flops: float  # a second
-    bandwidth: float  # of the memory, bytes a second
-    network: float  # between chips of a slice, bytes a second
+    memory: float
+    flops: float
+    bandwidth: float
+    network: float
 
 
 CHIPS = {
@@ -37,16 +43,16 @@ _A100, _NUM_A100 = Chip(80, 312e12, 2.04e12, 0.300e12), 16
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """How many of each kind a compiled program has, and the bytes of their results, by its text."""
-    found: dict[str, tuple[int, int]] = {}
+    """Counts the collectives of a compiled program by kind, and the bytes of their results."""
+    counts: dict[str, tuple[int, int]] = {}
     for kind, results in each_collective(text):
-        count, total = found.get(kind, (0, 0))
-        found[kind] = (count + 1, total + sum(map(_num_bytes, results)))
-    return found
+        count, total = counts.get(kind, (0, 0))
+        counts[kind] = (count + 1, total + sum(map(_num_bytes, results)))
+    return counts
 
 
 def each_collective(text: str) -> Iterator[tuple[str, list[_Result]]]:
-    """The kind of every collective of a compiled program, and dtype and shape of its results."""
+    """Yields the kind of each collective of a program, and dtypes and shapes of its results."""
     for line in text.splitlines():
         # `-start` begins one that `-done` only waits for.
         if match := re.search(rf"= (.*?) ({_KINDS})(-start)?\(", line):
@@ -63,14 +69,20 @@ def _num_bytes(result: _Result) -> int:
 
 
 class Work(NamedTuple):
-    """What one chip does in one call, by the compiler's count, which takes loops once."""
+    """What one chip does in one call, by the compiler's count, which takes loops once.
+
+    Attributes:
+        flops: operations.
+        moved: bytes to and from the chip's memory.
+        sent: number of collectives and bytes of their results, by kind.
+    """
 
     flops: float
-    moved: float  # bytes to and from its memory
-    sent: dict[str, tuple[int, int]]  # of `collectives`
+    moved: float
+    sent: dict[str, tuple[int, int]]
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """The least time that each takes."""
+        """Returns the least time that each takes."""
         sent = sum(num_bytes for _, num_bytes in self.sent.values())
         return {
             "work": self.flops / chip.flops,
@@ -88,17 +100,17 @@ def work_of(compiled: jax.stages.Compiled) -> Work:
 def scaling(
     work: Work, kind: str, chip: Chip, num_chips: int, num_steps: int, utilization: float
 ) -> str:
-    """Hours of many calls on these chips, and of the same FLOPs on 16 A100s.
+    """Says how many hours many calls take on these chips, and the same FLOPs on 16 A100s.
 
     Chip-hours, times the price of the day, are the cost.
 
     Args:
-        work: of one chip in one call.
-        kind: of `chip`.
-        chip: this one.
-        num_chips: that share a call.
-        num_steps: calls.
-        utilization: the share of the roofline that a real run reaches, in (0, 1].
+        work: what one chip does in one call.
+        kind: name of the chip.
+        chip: what it can do.
+        num_chips: chips that share a call.
+        num_steps: number of calls.
+        utilization: share of the roofline that a real run reaches, in (0, 1].
     """
     here = np.nan_to_num(list(work.seconds(chip).values())).max()
     there = work.flops * num_chips / _NUM_A100 / _A100.flops

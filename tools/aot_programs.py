@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,36 +11,36 @@ import optax
 from jax.sharding import Mesh
 
 from sdprune_jax import UserError, config, pipeline, sharding, sites
-from sdprune_jax.aptp import codebook, router, router_training
+from sdprune_jax.aptp import router
 from sdprune_jax.aptp.layout import layout_of
-from sdprune_jax.data import pictures
 from sdprune_jax.evaluate.protocols import PROTOCOLS
 from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import features
 from sdprune_jax.models import inception, unet
-from sdprune_jax.pretrain import autoencoder, contrastive, denoiser
 from sdprune_jax.pruning.methods import STATISTIC
 from sdprune_jax.scoring import calibrate
+from sdprune_jax.stages import finetune, inputs, pretrain
+from sdprune_jax.stages import router as router_stage
 from sdprune_jax.stages.prune import open_calibration
-from sdprune_jax.training import distillation, encoded, loop
+from sdprune_jax.training import encoded, loop
 
 _Shape = jax.ShapeDtypeStruct
-_NUM_WORDS = 2048  # of a tokenizer that is not trained yet; no step of the UNet depends on it
+_VOCAB_SIZE = 2048  # stands for a tokenizer that is not trained yet; the UNet does not depend on it
 
 
 def lower(run: config.Run, stage: str, mesh: Mesh) -> jax.stages.Lowered:
-    """The program of a stage that takes its time.
+    """Lowers the program that takes most of the time of a stage.
 
     Args:
-        run: as it would be run.
-        stage: one of `STAGES`. A training's is its step: of `pretrain` that of the UNet, and
-            `finetune` has an expert as large as the UNet. `prune` is the calibration of the UNet by
-            a batch of prompts; `generate` and `evaluate` draw a batch of pictures, and `features`
-            are those of Inception-v3, of a chunk of pictures a device.
-        mesh: of devices that need not be there.
+        run: the config of the run.
+        stage: one of `STAGES`. Trainings have their step: `pretrain` that of the UNet, `finetune`
+            that of an expert as large as the UNet. `prune` has the calibration of the UNet by a
+            batch of prompts; `generate` and `evaluate` draw a batch of pictures; `features` has
+            Inception-v3 on a chunk of pictures a device.
+        mesh: devices, which need not be there.
 
     Raises:
-        ValueError: if the section of the stage is not set, or its batch does not fit the mesh.
+        UserError: if the section of the stage is not set, or its batch does not fit the mesh.
     """
     section = getattr(run, "evaluate" if stage == "features" else stage)
     if section is None:
@@ -56,7 +56,7 @@ def batch_shapes(
     mesh: Mesh,
     width: int,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `aptp.data.Examples.batch` gives a stage; `width` is that of embedded prompts."""
+    """Returns what `encoded.Examples.batch` gives a stage; embedded prompts are `width` wide."""
     text, latent = model.text_encoder, (size, size, model.unet.in_channels)
     kinds = {
         "embedding": _Shape((batch_size, width), jnp.float32),
@@ -70,68 +70,67 @@ def batch_shapes(
 
 
 def _router(run: config.Run, section: config.Router, mesh: Mesh) -> jax.stages.Lowered:
-    model = model_directory.open_model(model_directory.directory_of(run.model))
+    model = inputs.open_model(run)
     _check("router", section.batch_size, mesh)
-    size, layout = _latent_size(section.data, model), layout_of(sites.table(model.unet))
-    costs = router_training.budget_costs(section, model, (section.latent_size or size,) * 2)
-    loss_fn = router_training.make_loss(section, model, costs, layout, jnp.dtype(run.dtype))
-    width = encoded.encoder_of(section.data, model).hidden_size
+    layout, (_, costs) = layout_of(sites.table(model.unet)), router_stage.budget(section, model)
+    size, width = _latent_size_and_width(section.data, model)
     params = jax.eval_shape(
         lambda: jax.tree.map(jnp.asarray, router.init_params(layout, width, section.num_codes, 0))
     )
-    batch = batch_shapes(model, section.batch_size, size, "router", mesh, width)
-    optimizer, frozen = (
-        codebook.make_optimizer(section, None),
+    return _step(
+        router_stage.make_loss(section, model, costs, layout, jnp.dtype(run.dtype)),
+        router_stage.make_optimizer(section),
+        params,
         model_directory.param_shapes(model, "unet"),
+        batch_shapes(model, section.batch_size, size, "router", mesh, width),
+        mesh,
     )
-    return _step(loss_fn, optimizer, params, frozen, batch, section.ema_decay, mesh)
 
 
 def _finetune(run: config.Run, section: config.Finetune, mesh: Mesh) -> jax.stages.Lowered:
-    model, training = (
-        model_directory.open_model(model_directory.directory_of(run.model)),
-        section.training,
-    )
-    _check("finetune.training", training.batch_size, mesh)
+    model, batch_size = inputs.open_model(run), section.training.batch_size
+    _check("finetune.training", batch_size, mesh)
     params, text = model_directory.param_shapes(model, "unet"), model.text_encoder
     null = _Shape((1, text.max_position_embeddings, text.hidden_size), jnp.float32)
-    source = run.router or run.slice  # of the experts
-    of = source.data if source else config.RouterData()
-    size, width = _latent_size(of, model), encoded.encoder_of(of, model).hidden_size
+    makes_experts = run.router or run.slice
+    data = makes_experts.data if makes_experts else config.RouterData()
+    size, width = _latent_size_and_width(data, model)
     return _step(
-        distillation.make_loss(section, model, model.unet, jnp.dtype(run.dtype)),
-        distillation.make_optimizer(section), params, {"teacher": params, "null": null},
-        batch_shapes(model, training.batch_size, size, "finetune", mesh, width),
-        training.ema_decay, mesh,
-    )  # fmt: skip
+        finetune.make_loss(section, model, model.unet, jnp.dtype(run.dtype)),
+        finetune.make_optimizer(section),
+        params,
+        {"teacher": params, "null": null},
+        batch_shapes(model, batch_size, size, "finetune", mesh, width),
+        mesh,
+    )
 
 
 def _pretrain(run: config.Run, section: config.Pretrain, mesh: Mesh) -> jax.stages.Lowered:
     del run
-    training, clip = section.unet.training, contrastive.configure(section.clip, _NUM_WORDS).text
-    _check("pretrain.unet.training", training.batch_size, mesh)
-    vae = autoencoder.configure(section.vae)
-    unet_config = denoiser.configure(section.unet, vae, clip)
+    batch_size = section.unet.training.batch_size
+    _check("pretrain.unet.training", batch_size, mesh)
+    clip = pretrain.configure_clip(section.clip, _VOCAB_SIZE).text
+    vae = pretrain.configure_vae(section.vae)
+    unet_config = pretrain.configure_unet(section.unet, vae, clip)
     text = (clip.max_position_embeddings, clip.hidden_size)
-    latent = (training.batch_size, *(unet_config.sample_size,) * 2, unet_config.in_channels)
+    latent = (batch_size, *(unet_config.sample_size,) * 2, unet_config.in_channels)
     batch = {
         "mean": _Shape(latent, jnp.float32),
         "log_variance": _Shape(latent, jnp.float32),
-        "text": _Shape((training.batch_size, *text), jnp.float16),
+        "text": _Shape((batch_size, *text), jnp.float16),
     }
-    optimizer = loop.adamw(
-        training.learning_rate, training.warmup_steps, training.num_steps, training.weight_decay,
-        training.clip_norm, training.cycles,
-    )  # fmt: skip
     return _step(
-        denoiser.make_loss(section.unet, unet_config, vae.scaling_factor), optimizer,
-        unet.param_shapes(unet_config), {"null": _Shape((1, *text), jnp.float32)},
-        _split(batch, mesh), training.ema_decay, mesh,
-    )  # fmt: skip
+        pretrain.make_unet_loss(section.unet, unet_config, vae.scaling_factor),
+        inputs.adamw(section.unet.training),
+        unet.param_shapes(unet_config),
+        {"null": _Shape((1, *text), jnp.float32)},
+        _split(batch, mesh),
+        mesh,
+    )
 
 
 def _prune(run: config.Run, section: config.Prune, mesh: Mesh) -> jax.stages.Lowered:
-    """Of the first package of layers, if their statistics are not to be in memory together."""
+    """Lowers the calibration of the first package of layers whose statistics fit in memory."""
     part = section.unet
     statistic = STATISTIC[part.method] if part else None
     if part is None or statistic in (None, "gradient"):
@@ -141,7 +140,7 @@ def _prune(run: config.Run, section: config.Prune, mesh: Mesh) -> jax.stages.Low
             f" one of {', '.join(fit)}"
         )
     _check("prune.calibration", section.calibration.batch_size, mesh)
-    model = model_directory.open_model(model_directory.directory_of(run.model))
+    model = inputs.open_model(run)
     layers = sites.prunable(model_directory.param_shapes(model, "unet"), "unet", part.scope)
     calibration = open_calibration(section.calibration, model, "unet", mesh, 0, "")
     first = calibration.packages(layers, statistic)[0]
@@ -149,35 +148,34 @@ def _prune(run: config.Run, section: config.Prune, mesh: Mesh) -> jax.stages.Low
     return calibrate.lower_unet(model, mesh, first, statistic, calibration.settings)
 
 
+class _Drawing(NamedTuple):
+    """How a batch of pictures is drawn; a size is in pixels, None is the model's own."""
+
+    batch_size: int
+    sampler: str | None
+    num_steps: int
+    guidance_scale: float
+    height: int | None
+    width: int | None
+
+
 def _generate(run: config.Run, section: config.Generate, mesh: Mesh) -> jax.stages.Lowered:
-    size = (section.height, section.width)
-    return _sampler(
-        run, mesh, "generate", section.batch_size, section.sampler, section.num_steps,
-        section.guidance_scale, size,
-    )  # fmt: skip
+    fields = {name: getattr(section, name) for name in _Drawing._fields}
+    return _draw(run, mesh, "generate", _Drawing(**fields))
 
 
 def _evaluate(run: config.Run, section: config.Evaluate, mesh: Mesh) -> jax.stages.Lowered:
     protocol = PROTOCOLS[section.protocol]
-    return _sampler(
-        run, mesh, "evaluate", section.batch_size, protocol.sampler, protocol.num_steps,
-        protocol.guidance_scale, (protocol.generate_size,) * 2,
-    )  # fmt: skip
+    size, sampler = protocol.generate_size, (protocol.sampler, protocol.num_steps)
+    drawing = _Drawing(section.batch_size, *sampler, protocol.guidance_scale, size, size)
+    return _draw(run, mesh, "evaluate", drawing)
 
 
-def _sampler(
-    run: config.Run,
-    mesh: Mesh,
-    stage: str,
-    batch_size: int,
-    sampler: str | None,
-    num_steps: int,
-    guidance_scale: float,
-    size: tuple[int | None, int | None],
-) -> jax.stages.Lowered:
-    """Prompts to pictures of `size` pixels; None is the model's own."""
+def _draw(run: config.Run, mesh: Mesh, stage: str, drawing: _Drawing) -> jax.stages.Lowered:
+    """Lowers the way from prompts to pictures."""
+    batch_size, sampler, num_steps, guidance_scale, *size = drawing
     _check(stage, batch_size, mesh)
-    model = model_directory.open_model(model_directory.directory_of(run.model))
+    model = inputs.open_model(run)
     program = pipeline.sample_program(
         model, mesh, sampler, num_steps, guidance_scale > 1, jnp.dtype(run.dtype)
     )
@@ -217,18 +215,22 @@ def _step(
     params: Any,
     frozen: Any,
     batch: Mapping[str, jax.ShapeDtypeStruct],
-    ema_decay: float,
     mesh: Mesh,
 ) -> jax.stages.Lowered:
+    """Lowers a training step; any decay of the moving average makes the same program."""
     state = jax.eval_shape(functools.partial(loop.init_state, optimizer=optimizer), params)
     places = sharding.fsdp_shardings(state, mesh)
-    step: Any = loop.make_train_step(loss_fn, optimizer, mesh, places, ema_decay)
+    step: Any = loop.make_train_step(loss_fn, optimizer, mesh, places, ema_decay=0.999)
     key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=sharding.replicated(mesh))
     return step.lower(_sharded(state, mesh), _sharded(frozen, mesh), batch, key)
 
 
-def _latent_size(of: config.RouterData, model: model_directory.ModelConfig) -> int:
-    return pictures.size(of) // model.vae.downscale
+def _latent_size_and_width(
+    section: config.RouterData, model: model_directory.ModelConfig
+) -> tuple[int, int]:
+    """Returns the side of the latents that are trained on, and the width of embedded prompts."""
+    width = encoded.encoder_config(section.encoder, model).hidden_size
+    return inputs.picture_source(section).side // model.vae.downscale, width
 
 
 def _sharded(tree: Any, mesh: Mesh) -> Any:

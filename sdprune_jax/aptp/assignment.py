@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,43 +19,44 @@ from sdprune_jax.data import cache
 from sdprune_jax.files import model_directory
 from sdprune_jax.training import encoded
 
-CODE_GATES = "code_gates.npy"  # beside a router that was not trained here: tools/convert.py
+CODE_GATES = "code_gates.npy"  # beside a router that was converted from the published form
 
-
-_ROWS = {"none": 512, "published": 2048}  # prompts at once; the published noise is of the row
+# Noise of the gates of prompts, and how many prompts are routed at once: published noise depends
+# on the place of a prompt among them.
+ROUTE_NOISES: Mapping[str, int] = {"none": 512, "published": 2048}
 
 
 def similarities(
     params: Any,
-    embedding: Float[np.ndarray, "rows n"],
+    embeddings: Float[np.ndarray, "rows n"],
     layout: Layout,
     code_gates: Float[Array, "k d"],
     route_noise: str = "none",
 ) -> Float32[np.ndarray, "rows k"]:
-    """Of prompts to codes; without noise, a prompt's are the same in any batch and place."""
-    size = min(_ROWS[route_noise], len(embedding))
+    """Compares prompts with codes; without noise, a row depends on nothing but its prompt."""
+    size = min(ROUTE_NOISES[route_noise], len(embeddings))
     noise = gates.MEDIAN_NOISE
     if route_noise == "published":
         noise = gates.published_noise(size, layout)
     match = jax.jit(functools.partial(router.match, layout=layout))
     parts = [
-        np.asarray(match(params, jnp.asarray(embedding[rows]), code_gates=code_gates, noise=noise))
-        for rows in cache.in_batches(len(embedding), size)
+        np.asarray(match(params, jnp.asarray(embeddings[rows]), code_gates=code_gates, noise=noise))
+        for rows in cache.in_batches(len(embeddings), size)
     ]
-    return np.concatenate(parts)[: len(embedding)]
+    return np.concatenate(parts)[: len(embeddings)]
 
 
 def nearest(
     similarity: Float32[np.ndarray, "rows k"], offsets: Float32[np.ndarray, " k"]
 ) -> Int32[np.ndarray, " rows"]:
-    """The expert of each prompt. Rounding alone never decides: of equals, it is the first."""
+    """Returns the expert of each prompt: the first of those that only rounding tells apart."""
     return np.round(similarity + offsets, 6).argmax(axis=1).astype(np.int32)
 
 
-def of_prompts(
+def assign(
     workdir: pathlib.Path, model: model_directory.ModelConfig, texts: Sequence[str], mesh: Mesh
 ) -> Int32[np.ndarray, " rows"]:
-    """Returns the experts of any prompts, by the router and the balance of a finished `assign`.
+    """Returns the expert of any prompt, by the router and the balance of a finished `assign`.
 
     If a run has one expert, all prompts are that one's, and no router is read.
 
@@ -63,27 +64,23 @@ def of_prompts(
         UserError: if the run has not finished `assign`, or has trained another router or cut other
             experts since.
     """
-    cut = expert_files.models_of_run(str(model.directory), workdir).get("routed", ())
-    if len(cut) == 1:
+    experts = expert_files.models_of_run(str(model.directory), workdir).get("routed", ())
+    if len(experts) == 1:
         return np.zeros(len(texts), np.int32)
-    params, trained, made = router_training.load(workdir, model, mesh)
+    params, trained = router_training.load(workdir, model, mesh)
     record = read_assignment(workdir)
-    assigned = artefacts.output_of("assign", workdir)
-    experts = artefacts.output_of("materialise", workdir)
-    is_cut_for = True
-    if experts.record.is_file():
-        of_experts = artefacts.inputs_of(experts).get("assign")
-        is_cut_for = of_experts in (None, artefacts.identity(assigned))
-    if cut and not (is_cut_for and len(cut) == trained.num_codes):
+    output = artefacts.output_of("assign", workdir)
+    if experts and not (len(experts) == trained.num_codes and _is_cut_for(output, workdir)):
         raise UserError(
-            f"{workdir} has {len(cut)} experts of another assignment of prompts than its own: make"
-            " them again, with --config.materialise=build"
+            f"{workdir} has {len(experts)} experts of another assignment of prompts than its own:"
+            " make them again, with --config.materialise=build"
         )
-    layout, directory = layout_of(sites.table(model.unet)), assigned.directory
-    embedding = encoded.embeddings(trained.data, model, texts, mesh, None, made.variant or None)
-    code_gates = jnp.asarray(np.load(directory / "code_gates.npy"))
-    found = similarities(params, embedding, layout, code_gates, record.section["route_noise"])
-    return nearest(found, np.load(directory / "offsets.npy"))
+    encoder, variant = trained.data.encoder, trained.variant or None
+    embeddings = encoded.embed(encoder, model, texts, mesh, None, variant)
+    layout = layout_of(sites.table(model.unet))
+    code_gates = jnp.asarray(np.load(output.directory / "code_gates.npy"))
+    similarity = similarities(params, embeddings, layout, code_gates, record.route_noise)
+    return nearest(similarity, np.load(output.directory / "offsets.npy"))
 
 
 def read_assignment(workdir: pathlib.Path) -> AssignRecord:
@@ -105,3 +102,12 @@ def read_assignment(workdir: pathlib.Path) -> AssignRecord:
             " --config.assign=build"
         )
     return record
+
+
+def _is_cut_for(assignment: artefacts.Output, workdir: pathlib.Path) -> bool:
+    """Whether the experts of a run are cut for an assignment; those without a record may be."""
+    experts = artefacts.output_of("materialise", workdir)
+    if not experts.record.is_file():
+        return True
+    cut_for = artefacts.inputs_of(experts).get("assign")
+    return cut_for in (None, artefacts.identity(assignment))

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from sdprune_jax import config
 from sdprune_jax.aptp import router
 from sdprune_jax.aptp.gates import MEDIAN_NOISE, soft_gates
 from sdprune_jax.aptp.layout import Layout
 
+Seeds = Callable[[Any], Float[Array, "k d"]]  # from the parameters of the predictor to codes
 _SEEDING_ROUNDS = 10
 
 
 class OptimizerState(NamedTuple):
-    """Steps done, and the moments of both parts, each of the steps that it has learned in."""
+    """Steps done, and Adam's moments of both parts, which count the steps that a part learned."""
 
     count: Int[Array, ""]
     predictor: optax.OptState
@@ -25,18 +25,23 @@ class OptimizerState(NamedTuple):
 
 
 def make_optimizer(
-    section: config.Router, seeds: Callable[[Any], Float[Array, "k d"]] | None
+    learning_rate: float,
+    ramp_steps: int,
+    warmup_steps: int,
+    seeds: Seeds | None = None,
 ) -> optax.GradientTransformation:
-    """Adam, constant after a linear ramp, whose moments of the codes start after the warm-up.
+    """Adam whose rate is constant after a linear ramp, and whose codes rest during the warm-up.
 
     Args:
-        section: rates and steps.
-        seeds: from the parameters of the predictor, where the codes start: they are put there by
-            the last step of the warm-up. None leaves them where they are.
+        learning_rate: rate after the ramp.
+        ramp_steps: steps of the ramp.
+        warmup_steps: steps in which the predictor alone learns.
+        seeds: returns where the codes start, from the parameters of the predictor: the last step of
+            the warm-up puts them there. None leaves them where they are.
     """
-    adam, warmup = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8), section.warmup_steps
-    ramp = optax.linear_schedule(0.0, section.learning_rate, section.ramp_steps)
-    rate_at = ramp if section.ramp_steps else optax.constant_schedule(section.learning_rate)
+    adam = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+    ramp = optax.linear_schedule(0.0, learning_rate, ramp_steps)
+    rate_at = ramp if ramp_steps else optax.constant_schedule(learning_rate)
 
     def init(params: Any) -> OptimizerState:
         zero = jnp.zeros((), jnp.int32)
@@ -44,7 +49,7 @@ def make_optimizer(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, OptimizerState]:
         assert params is not None
-        rate, learns = jnp.asarray(rate_at(state.count + 1)), state.count >= warmup
+        rate, learns = jnp.asarray(rate_at(state.count + 1)), state.count >= warmup_steps
         heads, predictor = adam.update(updates["predictor"], state.predictor)
         heads = jax.tree.map(lambda move: -rate * move, heads)
         move, codes = adam.update(updates["codes"], state.codes)
@@ -52,7 +57,7 @@ def make_optimizer(
         codes = jax.tree.map(lambda new, old: jnp.where(learns, new, old), codes, state.codes)
         if seeds is not None:
             move = jax.lax.cond(
-                state.count == warmup - 1,
+                state.count == warmup_steps - 1,
                 lambda: seeds(optax.apply_updates(params["predictor"], heads)) - params["codes"],
                 lambda: move,
             )
@@ -65,7 +70,7 @@ def make_optimizer(
 def seeds(
     embeddings: Float[Array, "rows n"], num_codes: int, layout: Layout, predictor: Any
 ) -> Float[Array, "k d"]:
-    """`seed_codes` of the prompts of some embeddings."""
+    """Returns the codes of `seed_codes` for prompts of which the embeddings are given."""
     logits = router.predict({"predictor": predictor}, embeddings, layout)
     return seed_codes(logits, num_codes, layout)
 
@@ -73,9 +78,10 @@ def seeds(
 def seed_codes(
     logits: Float[Array, "rows d"], num_codes: int, layout: Layout
 ) -> Float[Array, "k d"]:
-    """Mean logits of groups of prompts, of about one size, that are alike in their architectures.
+    """Returns the mean logits of groups of prompts whose architectures are alike.
 
-    Groups start at prompts that are far apart, and are balanced as in training.
+    Groups start at prompts that are far apart, and have about equally many: they are balanced as in
+    training.
 
     Source: the start is that of k-means++ (SODA 2007) less its chance; the published code has
         random codes, whose gates are all open, and so all alike.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from sdprune_jax import UserError, artefacts, config, sites
+from sdprune_jax import UserError, artefacts, sites
 from sdprune_jax.aptp.records import DenseRow, ExpertRow, ExpertsRecord
 from sdprune_jax.data import emoji, pictures
 from sdprune_jax.files import convert, model_directory, tensors
@@ -25,14 +25,14 @@ class Purpose:
 
     Attributes:
         data: pictures and prompts that the experts share.
-        seed: of these prompts.
-        variant: of the model's files; empty for none.
+        seed: seed of the draw of these prompts.
+        variant: variant of the model's files; empty for none.
         mac_counter: one of `macs.COUNTERS`.
         latent_size: height and width that MACs are counted at.
         cache: directory within the run where latents and text states are kept.
     """
 
-    data: config.RouterData
+    data: pictures.PictureSource
     seed: int
     variant: str
     mac_counter: str
@@ -41,10 +41,10 @@ class Purpose:
 
 
 class Cut(NamedTuple):
-    """An expert's UNet.
+    """The UNet of one expert.
 
     Attributes:
-        params: of `unet`.
+        params: its parameters.
         unet: its config.
         kept: units that are left, by site of the dense UNet.
         padded: parameters of the dense shape that compute the same; None if not wanted.
@@ -69,7 +69,7 @@ class Experts(NamedTuple):
     """
 
     directories: list[pathlib.Path]
-    data: config.RouterData
+    data: pictures.PictureSource
     seed: int
     rows: dict[str, Int32[np.ndarray, " rows"]]
     cache: pathlib.Path
@@ -101,52 +101,38 @@ def write(
     """
     size, tokens = purpose.latent_size, model.text_encoder.max_position_embeddings
     count = lambda unet_config: macs.by_site(unet_config, size, tokens, purpose.mac_counter).total
-    sites_of_dense = (*sites.table(model.unet), *sites.operators(model.unet))
-    whole = DenseRow(
-        count(model.unet),
-        _num_parameters(dense),
-        {site.name: site.units for site in sites_of_dense},
-    )
-    texts = {
-        split: pictures.prompts(
-            purpose.data, pictures.load(purpose.data, split), split, purpose.seed
-        ).texts
-        for split in rows
-    }
-    experts = []
+    units = {s.name: s.units for s in (*sites.table(model.unet), *sites.operators(model.unet))}
+    whole = DenseRow(count(model.unet), _num_parameters(dense), units)
+    dtype, variant = jnp.dtype(save_dtype), purpose.variant or None
+    texts, experts = {split: _texts(purpose, split) for split in rows}, []
     for index, cut in enumerate(cuts):
         name = f"{index:02d}"
-        _save(
-            directory / name,
-            dataclasses.replace(model, unet=cut.unet),
-            cut.params,
-            purpose,
-            save_dtype,
-        )
+        versions = {name: (dataclasses.replace(model, unet=cut.unet), cut.params)}
         if cut.padded is not None:
-            _save(directory / f"{name}_dense", model, cut.padded, purpose, save_dtype)
-        own = {
-            split: [texts[split][row] for row in np.flatnonzero(of_prompt == index)]
-            for split, of_prompt in rows.items()
+            versions[f"{name}_dense"] = (model, cut.padded)
+        for folder, (configs, params) in versions.items():
+            target, weights = directory / folder, {"unet": params}
+            model_directory.write(configs, weights, target, dtype=dtype, variant=variant)
+        prompts = {
+            split: [texts[split][row] for row in np.flatnonzero(expert == index)]
+            for split, expert in rows.items()
         }
         if jax.process_index() == 0:
-            tensors.write_json(directory / name / "prompts.json", own)
+            tensors.write_json(directory / name / "prompts.json", prompts)
         num_macs, parameters = count(cut.unet), _num_parameters(cut.params)
         row = ExpertRow(
-            name,
-            num_macs,
-            num_macs / whole.macs,
-            parameters,
-            parameters / whole.parameters,
-            {split: len(prompts) for split, prompts in own.items()},
-            cut.kept,
+            directory=name,
+            macs=num_macs,
+            share_of_macs=num_macs / whole.macs,
+            parameters=parameters,
+            share_of_parameters=parameters / whole.parameters,
+            prompts={split: len(own) for split, own in prompts.items()},
+            kept=cut.kept,
         )
         experts.append(row)
-    save_arrays(directory, {f"experts_{split}": of_prompt for split, of_prompt in rows.items()})
-    about: dict[str, Any] = dataclasses.asdict(purpose) | {"latent_size": list(size)}
-    return ExpertsRecord(
-        str(model.directory), **about, text_tokens=tokens, dense=whole, experts=experts
-    )
+    save_arrays(directory, {f"experts_{split}": expert for split, expert in rows.items()})
+    about: dict[str, Any] = dict(vars(purpose), text_tokens=tokens, dense=whole, experts=experts)
+    return ExpertsRecord(model=str(model.directory), **about)
 
 
 def read(work: pathlib.Path, model: Mapping[str, str] | None = None) -> Experts:
@@ -168,7 +154,7 @@ def read(work: pathlib.Path, model: Mapping[str, str] | None = None) -> Experts:
     record = artefacts.require(output, ExpertsRecord, model)
     return Experts(
         [output.directory / row.directory for row in record.experts],
-        config.RouterData(**record.data),
+        record.data,
         record.seed,
         {split: np.load(output.directory / f"experts_{split}.npy") for split in emoji.SPLITS},
         work / record.cache,
@@ -201,15 +187,9 @@ def save_arrays(directory: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> No
             np.save(directory / f"{name}.npy", array)
 
 
-def _save(
-    directory: pathlib.Path,
-    model: model_directory.ModelConfig,
-    params: Any,
-    purpose: Purpose,
-    save_dtype: str,
-) -> None:
-    dtype, variant = jnp.dtype(save_dtype), purpose.variant or None
-    model_directory.write(model, {"unet": params}, directory, dtype=dtype, variant=variant)
+def _texts(purpose: Purpose, split: str) -> list[str]:
+    images, count = pictures.load(purpose.data, split), purpose.data.captions_per_image
+    return pictures.prompts(images, split, purpose.seed, count).texts
 
 
 def _num_parameters(params: Any) -> int:

@@ -36,7 +36,7 @@ class Experts:
 
     def route(self, prompts: Sequence[str]) -> Int32[np.ndarray, " prompts"]:
         """Returns the expert of each prompt, from 0 to `len(self) - 1`."""
-        return assignment.of_prompts(self._workdir, self._dense, prompts, self._mesh)
+        return assignment.assign(self._workdir, self._dense, prompts, self._mesh)
 
     def load(self, index: int) -> model.Model:
         """Loads an expert as a whole model."""

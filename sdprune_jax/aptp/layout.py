@@ -31,7 +31,7 @@ class Layout:
 
     @property
     def num_width(self) -> int:
-        """Gates of all width sites; the depth gates follow."""
+        """Number of width gates, which the depth gates follow."""
         return sum(self.units)
 
     @property
@@ -40,15 +40,15 @@ class Layout:
 
     @property
     def starts(self) -> np.ndarray:
-        """First gate of each width site."""
+        """Index of the first gate of each width site."""
         return np.cumsum((0, *self.units[:-1]))
 
 
 def layout_of(table: tuple[sites.Site, ...]) -> Layout:
-    """The layout of `sites.table(config)`; 1606 + 14 gates for Stable Diffusion 2.
+    """Lays out the gates of `sites.table(config)`: 1606 + 14 for Stable Diffusion 2.
 
-    Blocks stay the longer the nearer they are to the image, in pairs of levels: of the last up
-    block from its end, of the first down block from its start, then of the next two.
+    Blocks stay the longer the nearer they are to the image, in pairs of levels: first those of the
+    last up block from its end, then those of the first down block from its start, and so on inward.
 
     Source: APTP's code (https://arxiv.org/abs/2406.12042), for Stable Diffusion 2; the same rule
         elsewhere.

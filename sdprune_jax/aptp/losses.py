@@ -21,17 +21,16 @@ RESOURCE_KINDS = ("log", "absolute", "squared")
 
 
 def site_shares(costs: macs.SiteMacs, layout: Layout) -> Float[np.ndarray, " sites"]:
-    """Of every site, width then depth, the share of the MACs that gates can remove; sums to 1."""
-    return (
-        np.array([costs.sites[name] for name in (*layout.width, *layout.depth)]) / costs.removable
-    )
+    """Returns the share of the removable MACs that each site has, width then depth; sums to 1."""
+    costs_of_sites = [costs.sites[name] for name in (*layout.width, *layout.depth)]
+    return np.array(costs_of_sites) / costs.removable
 
 
 def removable_budget(costs: macs.SiteMacs, macs_budget: float) -> float:
-    """The share of the removable MACs to keep, so that `macs_budget` of all MACs is kept.
+    """Returns the share of the removable MACs to keep, so that `macs_budget` of all MACs is kept.
 
     Raises:
-        ValueError: if the budget is over 1, or below what always runs.
+        UserError: if the budget is over 1, or below what always runs.
     """
     kept = 1 - (1 - macs_budget) * costs.total / costs.removable
     always = costs.always / costs.total
@@ -44,21 +43,21 @@ def removable_budget(costs: macs.SiteMacs, macs_budget: float) -> float:
 
 
 def total_share(kept: Float[Array, " b"], costs: macs.SiteMacs) -> Float[Array, " b"]:
-    """The share of all MACs that is kept with `kept` of the removable ones."""
+    """Returns the share of all MACs that is kept with a share `kept` of the removable ones."""
     return 1 - (1 - kept) * (costs.removable / costs.total)
 
 
 def kept_macs(
     gates: Float[Array, "b d"], layout: Layout, shares: Float[np.ndarray, " sites"]
 ) -> Float[Array, " b"]:
-    """The share of the removable MACs that is kept if the gates are hard, by example.
+    """Returns the share of the removable MACs that each example keeps if its gates are hard.
 
     It has the gradient of the soft gates, straight through.
 
     Args:
         gates: soft or hard.
-        layout: of the vectors.
-        shares: of `site_shares`, of either counter and any latent size.
+        layout: where the gates lie in a vector.
+        shares: from `site_shares`, by either counter and at any latent size.
     """
     opened = gating.hard(gates)
     width, depth = opened[:, : layout.num_width], opened[:, layout.num_width :]
@@ -73,8 +72,8 @@ def resource(kept: Float[Array, " b"], budget: float, kind: str = "log") -> Floa
     """Distance of the batch's mean from the budget, both shares of the removable MACs.
 
     Args:
-        kept: of `kept_macs`.
-        budget: of `removable_budget`.
+        kept: from `kept_macs`.
+        budget: from `removable_budget`.
         kind: one of `RESOURCE_KINDS`; "log" is published.
     """
     assert kind in RESOURCE_KINDS, kind
@@ -85,7 +84,7 @@ def resource(kept: Float[Array, " b"], budget: float, kind: str = "log") -> Floa
 
 
 def highest(kept: Float[Array, " b"]) -> Float[Array, ""]:
-    """How far the most costly architecture of the batch is from the whole UNet."""
+    """Distance of the most costly architecture of the batch from the whole UNet."""
     return 1 - kept.max()
 
 
@@ -101,7 +100,6 @@ def contrastive(
     features: Float[Array, "b d"],
     embeddings: Float[Array, "b n"],
     temperature: float = 0.03,
-    embedding_temperature: float = 0.03,
     scale: float = 1.0,
 ) -> Float[Array, ""]:
     """Makes the architectures of a batch as alike as its prompts are.
@@ -111,18 +109,18 @@ def contrastive(
 
     Args:
         features: `router.features` of the prompts' own gates.
-        embeddings: of the prompts.
-        temperature: of the architectures.
-        embedding_temperature: of the prompts.
-        scale: of the loss. The published training averages, over its n devices, gradients that each
-            cover the device's own rows: it trains on 1 / n of this loss.
+        embeddings: embeddings of the prompts.
+        temperature: divides the similarities of architectures, and those of prompts.
+        scale: factor of the loss. The published training averages, over its n devices, gradients
+            that each cover the device's own rows: it trains on 1 / n of this loss.
     """
-    cosine = lambda x: jnp.matmul(router.unit(x), router.unit(x).T, precision="highest")
-    wanted = jax.nn.softmax(cosine(jax.lax.stop_gradient(embeddings)) / embedding_temperature)
-    log_found = jax.nn.log_softmax(cosine(features) / temperature)
+    normalise = router.normalise
+    cosines = lambda x: jnp.matmul(normalise(x), normalise(x).T, precision="highest")
+    target = jax.nn.softmax(cosines(jax.lax.stop_gradient(embeddings)) / temperature)
+    log_p = jax.nn.log_softmax(cosines(features) / temperature)
     # log(1 - p) and its gradient need a p below 1; both logs end at -100 as in PyTorch.
-    found = jnp.minimum(jnp.exp(log_found), 1 - jnp.finfo(log_found.dtype).epsneg)
-    entropy = wanted * jnp.maximum(log_found, -100) + (1 - wanted) * jnp.log1p(-found)
+    p = jnp.minimum(jnp.exp(log_p), 1 - jnp.finfo(log_p.dtype).epsneg)
+    entropy = target * jnp.maximum(log_p, -100) + (1 - target) * jnp.log1p(-p)
     return -scale * entropy.mean()
 
 
@@ -136,5 +134,6 @@ def code_pull(
     Returns:
         Mean over the prompts of 1 minus the cosine; only codes get its gradient.
     """
-    prompts = router.unit(jax.lax.stop_gradient(prompt_features))
-    return 1 - jnp.mean(jnp.sum(prompts * router.unit(code_features)[assignment], axis=1))
+    prompts = router.normalise(jax.lax.stop_gradient(prompt_features))
+    codes = router.normalise(code_features)[assignment]
+    return 1 - jnp.mean(jnp.sum(prompts * codes, axis=1))

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from sdprune_jax.data.pictures import PictureSource
+
 
 @dataclasses.dataclass(frozen=True)
 class RouterRecord:
@@ -14,16 +16,22 @@ class RouterRecord:
         seed: seed of the training and of the draw of prompts.
         embedding_dim: width of the vectors that the router reads of prompts.
         latent_size: height and width of the latents that MACs are counted at.
-        section: the section `router` of the config.
-        figures: how unseen prompts are routed at the end; see `router_training.evaluation`.
+        num_codes: number of experts.
+        macs_budget: share of the UNet's MACs that was asked for.
+        mac_counter: how MACs are counted: one of `macs.COUNTERS`.
+        data: pictures and prompts that it was trained on.
+        figures: how unseen prompts are routed at the end; see `router_training.evaluate`.
     """
 
     model: str
     variant: str
     seed: int
     embedding_dim: int
-    latent_size: list[int]
-    section: dict[str, Any]
+    latent_size: tuple[int, int]
+    num_codes: int
+    macs_budget: float
+    mac_counter: str
+    data: PictureSource
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -61,7 +69,7 @@ class AssignRecord:
     """Stage `assign`.
 
     Attributes:
-        section: the section `assign` of the config.
+        route_noise: noise of the gates of prompts: one of `assignment.ROUTE_NOISES`.
         macs_budget: share of the UNet's MACs that was asked for.
         mac_counter: how MACs are counted: one of `macs.COUNTERS`.
         latent_size: height and width of the latents that MACs are counted at.
@@ -72,10 +80,10 @@ class AssignRecord:
         splits: the prompts of every split.
     """
 
-    section: dict[str, Any]
+    route_noise: str
     macs_budget: float
     mac_counter: str
-    latent_size: list[int]
+    latent_size: tuple[int, int]
     logit_shift: list[float]
     macs_of_codes: list[float]
     macs_of_experts: list[float]
@@ -127,7 +135,7 @@ class ExpertsRecord:
 
     Attributes:
         model: the model that experts are cut from, as the config names it.
-        data: the section of the config that says which pictures and prompts experts share.
+        data: pictures and prompts that the experts share.
         seed: seed of the draw of these prompts.
         variant: variant of the model's files; empty for none.
         mac_counter: how MACs are counted: one of `macs.COUNTERS`.
@@ -140,11 +148,11 @@ class ExpertsRecord:
     """
 
     model: str
-    data: dict[str, Any]
+    data: PictureSource
     seed: int
     variant: str
     mac_counter: str
-    latent_size: list[int]
+    latent_size: tuple[int, int]
     cache: str
     text_tokens: int
     dense: DenseRow
@@ -174,11 +182,9 @@ class FinetuneRecord:
     """Stage `finetune`.
 
     Attributes:
-        section: the section `finetune` of the config.
         experts: one row an expert that was trained.
         skipped: directories of experts that have no prompt to learn from.
     """
 
-    section: dict[str, Any]
     experts: list[FinetuneRow]
     skipped: list[str]

@@ -1,4 +1,4 @@
-"""The models of a run to compare: which directory draws which prompts, and what they are of."""
+"""The models of a run to compare: which directory draws which prompts."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -19,20 +19,20 @@ class Drawn(NamedTuple):
     """A model of a run: its directories, and which of them draws each prompt.
 
     Attributes:
-        directories: one, or one an expert.
-        expert: of each prompt, the place of its directory.
+        directories: a single one, or one for each expert.
+        expert: index of the directory that draws each prompt.
     """
 
     directories: tuple[pathlib.Path, ...]
     expert: Int32[np.ndarray, " prompts"]
 
     def parts(self) -> list[tuple[pathlib.Path, list[int]]]:
-        """Every directory that draws anything, and the prompts that it draws, by index."""
+        """Returns each directory that draws anything, and the indices of its prompts."""
         own = [np.flatnonzero(self.expert == i).tolist() for i in range(len(self.directories))]
-        return [pair for pair in zip(self.directories, own, strict=True) if pair[1]]
+        return [part for part in zip(self.directories, own, strict=True) if part[1]]
 
-    def said(self) -> dict[str, Any]:
-        """What a record says of it."""
+    def described(self) -> dict[str, Any]:
+        """Returns what records say of it."""
         if len(self.directories) == 1:
             return {"directory": str(self.directories[0])}
         count = np.bincount(self.expert, minlength=len(self.directories)).tolist()
@@ -73,13 +73,14 @@ def states(
                 f"{workdir / 'finetuned'} is of other experts than {workdir / 'experts'}: train"
                 " them with --config.finetune=build, or remove it"
             )
-    found: dict[str, list[Any]] = {"dense": [dense]}
-    for name in directories.keys() - {"dense"}:
-        found[name] = [artefacts.model_state(path) for path in directories[name]]
+    states: dict[str, list[Any]] = {
+        name: [dense if name == "dense" else artefacts.model_state(path) for path in paths]
+        for name, paths in directories.items()
+    }
     if len(directories.get("routed", ())) > 1:
         assignment.read_assignment(workdir)
-        found["routed"].append(artefacts.identity(artefacts.output_of("assign", workdir)))
-    return {name: found[name] for name in directories}
+        states["routed"].append(artefacts.identity(artefacts.output_of("assign", workdir)))
+    return states
 
 
 def models(
@@ -89,15 +90,14 @@ def models(
     texts: Sequence[str],
     mesh: Mesh,
 ) -> dict[str, Drawn]:
-    """Who draws these prompts, for every model.
+    """Says for every model which of its directories draws each prompt.
 
     Raises:
-        ValueError: as `experts.of_prompts`.
+        UserError: as `assignment.assign`.
     """
-    one = np.zeros(len(texts), np.int32)
-    return {
-        name: Drawn(
-            paths, assignment.of_prompts(workdir, dense, texts, mesh) if name == "routed" else one
-        )
-        for name, paths in directories.items()
-    }
+    alone = np.zeros(len(texts), np.int32)
+    drawn = {name: Drawn(paths, alone) for name, paths in directories.items()}
+    if "routed" in drawn:
+        expert = assignment.assign(workdir, dense, texts, mesh)
+        drawn["routed"] = Drawn(directories["routed"], expert)
+    return drawn

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from sdprune_jax.aptp.gates import MEDIAN_NOISE, OFFSET, TEMPERATURE, gumbel, hard, soft_gates
+from sdprune_jax.aptp.gates import MEDIAN_NOISE, gumbel, hard, soft_gates
 from sdprune_jax.aptp.layout import Layout
 
-EPSILON, ITERATIONS = 0.05, 3  # of the assignment
+EPSILON, ITERATIONS = 0.05, 3  # the published balance: softness of the plan, and its rounds
 
 
 class ArchitecturePredictor(nn.Module):
@@ -39,12 +39,12 @@ class ArchitecturePredictor(nn.Module):
 
 
 class Routing(NamedTuple):
-    """What a training step needs of the router.
+    """How the prompts of a batch are routed; all gates are soft.
 
     Attributes:
-        gates: of the UNet, soft: those of the prompt, or of its code.
-        prompt_gates: soft, of the predictor alone.
-        code_gates: soft, of every code.
+        gates: what the UNet takes: the gates of the prompt itself, or those of its code.
+        prompt_gates: the gates that the predictor gives each prompt.
+        code_gates: the gates of every code.
         similarity: cosine of each prompt's gates with each code's; no gradient passes.
         assignment: code of each prompt.
     """
@@ -57,7 +57,7 @@ class Routing(NamedTuple):
 
 
 def init_params(layout: Layout, embedding_dim: int, num_codes: int, seed: int) -> dict[str, Any]:
-    """Parameters of a router: every head orthogonal on its own, the codes orthonormal, biases 0."""
+    """Makes a new router: every head orthogonal on its own, the codes orthonormal, biases 0."""
     rng = np.random.default_rng(seed)
     widths = (*layout.units, len(layout.depth))
     kernel = np.concatenate([_orthogonal(rng, embedding_dim, n) for n in widths], axis=1)
@@ -74,26 +74,20 @@ def route(
     *,
     warms_up: ArrayLike,
     optimal_transport: bool = True,
-    temperature: float = TEMPERATURE,
-    offset: float = OFFSET,
     epsilon: float = EPSILON,
-    iterations: int = ITERATIONS,
 ) -> Routing:
     """Routes the prompts of a training batch.
 
     The balance is over the whole batch, however it is sharded, when a jitted function calls this.
 
     Args:
-        params: of `init_params`.
-        embeddings: of the prompts, as pooled: not normalised.
-        key: of the noise. Matching draws its own, apart from that of `prompt_gates`.
-        layout: of the UNet.
+        params: from `init_params`.
+        embeddings: prompts as their encoder pools them, not normalised.
+        key: draws the noise. Matching draws its own, apart from that of `prompt_gates`.
+        layout: where the UNet's gates lie in a vector.
         warms_up: bool, may be traced: whether prompts still lend their own gates.
         optimal_transport: balance the assignment, or give each prompt its nearest code.
-        temperature: of the sigmoid of all gates.
-        offset: added to all logits.
-        epsilon: of `sinkhorn`.
-        iterations: of `sinkhorn`.
+        epsilon: softness of the balanced plan; see `sinkhorn`.
     """
     keys = jax.random.split(key, 3)
     logits = predict(params, embeddings, layout)
@@ -101,11 +95,11 @@ def route(
 
     def draw(key: Key[Array, ""], logits: Float[Array, "n d"]) -> Float[Array, "n d"]:
         uniform = jax.random.uniform(key, logits.shape, logits.dtype)
-        return soft_gates(logits, gumbel(uniform), layout, temperature, offset)
+        return soft_gates(logits, gumbel(uniform), layout)
 
     prompt_gates, code_gates = draw(keys[0], logits), draw(keys[1], codes)
     similarity = jax.lax.stop_gradient(cosines(draw(keys[2], logits), code_gates, layout))
-    plan = sinkhorn(similarity, epsilon, iterations) if optimal_transport else similarity
+    plan = sinkhorn(similarity, epsilon) if optimal_transport else similarity
     assignment = jnp.argmax(plan, axis=-1)
     gates = jnp.where(warms_up, prompt_gates, code_gates[assignment])
     return Routing(gates, prompt_gates, code_gates, similarity, assignment)
@@ -118,43 +112,39 @@ def match(
     *,
     code_gates: Float[Array, "k d"] | None = None,
     noise: Float[ArrayLike, "..."] = MEDIAN_NOISE,
-    temperature: float = TEMPERATURE,
-    offset: float = OFFSET,
 ) -> Float[Array, "b k"]:
-    """Similarity of prompts to codes without chance: the largest of a row is the prompt's expert.
+    """Compares prompts with codes without chance: the largest of a row is the prompt's expert.
 
     By default a prompt's row depends on nothing but the prompt. The published code adds noise that
     depends on the row a prompt has in its batch, and compares with the codes' gates of its last
     training step.
 
     Args:
-        params: of `init_params`.
-        embeddings: of the prompts.
-        layout: of the UNet.
-        code_gates: soft; None takes those of the codes without noise. Published: of the last step.
-        noise: of the prompts' gates. Published: `gates.published_noise`.
-        temperature: as in training.
-        offset: as in training.
+        params: from `init_params`.
+        embeddings: prompts as their encoder pools them.
+        layout: where the UNet's gates lie in a vector.
+        code_gates: soft gates of the codes; None computes them without noise.
+        noise: added to the logits of prompts; `gates.published_noise` is the published one.
     """
-    gates = soft_gates(predict(params, embeddings, layout), noise, layout, temperature, offset)
+    gates = soft_gates(predict(params, embeddings, layout), noise, layout)
     if code_gates is None:
-        code_gates = soft_gates(params["codes"], MEDIAN_NOISE, layout, temperature, offset)
+        code_gates = soft_gates(params["codes"], MEDIAN_NOISE, layout)
     return cosines(gates, code_gates, layout)
 
 
 def predict(
     params: Mapping[str, Any], embeddings: Float[Array, "b n"], layout: Layout
 ) -> Float[Array, "b d"]:
-    """Logits of all gates, by prompt."""
+    """Returns the logits of all gates of each prompt."""
     apply: Any = ArchitecturePredictor(layout.size).apply
     return apply({"params": params["predictor"]}, embeddings)
 
 
 def features(gates: Float[Array, "n d"], layout: Layout) -> Float[Array, "n d"]:
-    """The vectors in which architectures are compared.
+    """Returns the vectors in which architectures are compared.
 
-    Gates are hard, but where a block can be removed: there they are soft, times the soft gate of
-    the block. Every site weighs the same whatever its number of gates.
+    Gates are hard, but for those inside a block that can be removed: these are soft, times the soft
+    gate of the block. Every site weighs the same whatever its number of gates.
     """
     owner = np.repeat(layout.depth_of, layout.units)
     split = layout.num_width
@@ -169,18 +159,18 @@ def cosines(
     gates: Float[Array, "b d"], code_gates: Float[Array, "k d"], layout: Layout
 ) -> Float[Array, "b k"]:
     """Cosine similarity of the features of prompts and codes."""
-    units = [unit(features(part, layout)) for part in (gates, code_gates)]
-    return jnp.matmul(units[0], units[1].T, precision="highest")
+    prompts, codes = (normalise(features(part, layout)) for part in (gates, code_gates))
+    return jnp.matmul(prompts, codes.T, precision="highest")
 
 
-def unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+def normalise(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def sinkhorn(
     similarity: Float[Array, "b k"], epsilon: float = EPSILON, iterations: int = ITERATIONS
 ) -> Float[Array, "b k"]:
-    """Shares of each prompt among the codes, which codes get about equally of.
+    """Shares each prompt among the codes, so that all codes get about equally much.
 
     Rows sum to 1. So few iterations leave the codes uneven, and the largest share of each row even
     more so.
@@ -193,9 +183,9 @@ def sinkhorn(
 def potentials(
     similarity: Float[Array, "b k"], epsilon: float = EPSILON, iterations: int = ITERATIONS
 ) -> Float[Array, " k"]:
-    """What `sinkhorn` adds to the logits `similarity / epsilon` of each code to balance them.
+    """Returns what `sinkhorn` adds to the logits `similarity / epsilon` of each code.
 
-    Those of many prompts balance the assignment of others, one by one.
+    Potentials of many prompts balance the assignment of others, one by one.
     """
     logits = similarity / epsilon
     of_prompts = jnp.zeros_like(logits[:, 0])

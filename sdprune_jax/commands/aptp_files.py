@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from sdprune_jax import UserError, artefacts, config, sites
+from sdprune_jax import UserError, artefacts, sites
 from sdprune_jax.aptp import assignment, gates, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
 from sdprune_jax.aptp.records import RouterRecord
 from sdprune_jax.data import cache
+from sdprune_jax.data.pictures import PictureSource
 from sdprune_jax.files import convert, model_directory, tensors
 from sdprune_jax.files.weights import save_params
 from sdprune_jax.models import unet
@@ -113,19 +114,9 @@ def write_pruning(
         raise UserError(f"{output.directory} exists: choose another directory, or remove it")
     layout = layout_of(sites.table(model.unet))
     found = read_pruning(source, layout)
-    section = config.Router(
-        num_codes=len(found.params["codes"]),
-        mac_counter="paper",
-        gate_position="pre_norm",
-        forward_gates="soft",
-        code_seeds="random",
-        snr_weight="published",
-        data=config.RouterData(encoder=encoder),
-    )
-    costs = router_training.budget_costs(section, model, _LATENT_SIZE)
+    costs = router_training.budget_costs(model, _LATENT_SIZE, "paper")
     keep = jnp.asarray(found.code_gates >= 0.5, jnp.float32)
     kept = np.asarray(router_training.kept_shares(keep, layout, costs))
-    section.macs_budget = round(float(kept.mean()), 4)  # the budget asked for is not published
     inputs = {
         "model": artefacts.model_state(model.directory),
         "pruning": cache.fingerprint(found.params, found.code_gates),
@@ -138,8 +129,11 @@ def write_pruning(
             variant="",
             seed=0,
             embedding_dim=len(found.params["predictor"]["heads"]["kernel"]),
-            latent_size=list(_LATENT_SIZE),
-            section=dataclasses.asdict(section),
+            latent_size=_LATENT_SIZE,
+            num_codes=len(found.params["codes"]),
+            macs_budget=round(float(kept.mean()), 4),  # the one asked for is not published
+            mac_counter="paper",
+            data=PictureSource(encoder=encoder),
         )
     return (
         f"{len(kept)} codes, which keep {', '.join(f'{share:.3f}' for share in kept)} of the"

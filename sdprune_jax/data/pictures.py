@@ -11,24 +11,53 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
-from sdprune_jax import UserError, config, sharding
+from sdprune_jax import UserError, sharding
 from sdprune_jax.data import cache, captioned, captions, cc3m, coco, emoji
 from sdprune_jax.files import checksums
 
-# Splits of the datasets that sdprune prepare-data writes. Neither has a test split with captions.
+# Names of the splits that `sdprune prepare-data` writes. Neither dataset tests with captions.
 _SPLITS: Mapping[str, Mapping[str, str]] = {
     "cc3m": {"train": "train", "val": "validation", "test": "validation"},
     "coco": {"train": "train2014", "val": "val2014", "test": "val2014"},
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class PictureSource:
+    """Which pictures and prompts the router and the experts learn from.
+
+    Attributes:
+        dataset: "embedded", "cc3m" or "coco".
+        directory: what `sdprune prepare-data` wrote; the embedded pictures need none.
+        image_size: pixels of a side; embedded pictures always have 64.
+        num_images: pictures of each split that are used, the first ones; 0 uses all.
+        captions_per_image: prompts of a training picture; those of other splits have one.
+        flips: train on mirrored pictures too.
+        encoder: what embeds prompts for the router: `text_encoder`, which is the model's own, or a
+            directory of sentence-transformers.
+    """
+
+    dataset: str = "embedded"
+    directory: str = ""
+    image_size: int = 256
+    num_images: int = 0
+    captions_per_image: int = 4
+    flips: bool = False
+    encoder: str = "text_encoder"
+
+    @property
+    def side(self) -> int:
+        """Pixels of a side of the pictures that are trained on."""
+        return emoji.SIZE if self.dataset == "embedded" else self.image_size
+
+
 class Prompts(NamedTuple):
-    """The prompts of a split, `num_captions` of every picture after one another.
+    """The prompts of a split; those of one picture follow one another.
 
     Attributes:
         texts: the prompts.
-        concept: row of `emoji.concepts()`; None of other pictures.
-        style: row of `emoji.styles()`; None of other pictures.
+        concept: row of `emoji.concepts()`; None if the pictures are not the embedded ones.
+        style: row of `emoji.styles()`; None if the pictures are not the embedded ones.
     """
 
     texts: list[str]
@@ -64,11 +93,11 @@ class Images:
 
 
 class Stored(NamedTuple):
-    """Pictures of a dataset other than ours.
+    """Pictures of a dataset that is not embedded in the package.
 
     Attributes:
-        images: that can be indexed by rows, as an array.
-        captions: of every picture, in their order there.
+        images: the pictures, which are indexed by rows as an array is.
+        captions: the captions of every picture, in the dataset's order.
         state: changes if the pictures do.
     """
 
@@ -82,45 +111,40 @@ def embedded(split: str) -> emoji.Pairs:
     return emoji.load(split)
 
 
-def size(section: config.RouterData) -> int:
-    """Pixels of a side."""
-    return emoji.SIZE if section.dataset == "embedded" else section.image_size
-
-
-def load(section: config.RouterData, split: str) -> emoji.Pairs | Stored:
-    """The pictures of a split, or the first of them.
+def load(source: PictureSource, split: str) -> emoji.Pairs | Stored:
+    """Loads the pictures of a split.
 
     Raises:
-        ValueError: if they are stored, and not where the section says.
+        UserError: if they are stored, and not where the source says.
     """
-    if section.dataset == "embedded":
-        return emoji.Pairs(*(x[: section.num_images or None] for x in embedded(split)))
-    if not section.directory:
+    if source.dataset == "embedded":
+        return emoji.Pairs(*(x[: source.num_images or None] for x in embedded(split)))
+    if not source.directory:
         raise UserError(
-            f"config.router.data.dataset is {section.dataset}: set config.router.data.directory to"
+            f"config.router.data.dataset is {source.dataset}: set config.router.data.directory to"
             " what sdprune prepare-data wrote"
         )
-    where = (section.dataset, section.directory, _SPLITS[section.dataset][split])
-    return _stored(*where, section.num_images, section.image_size)
+    return _stored(source, _SPLITS[source.dataset][split])
 
 
 def prompts(
-    section: config.RouterData, pairs: emoji.Pairs | Stored, split: str, seed: int
+    pictures: emoji.Pairs | Stored, split: str, seed: int, captions_per_image: int
 ) -> Prompts:
-    """Of every picture its first caption and, for `train`, more: drawn, or those that it has.
+    """Returns the first caption of every picture and, for `train`, more of them.
 
-    A stored picture with fewer captions than asked for has some of them again.
+    Further captions of an embedded picture are drawn. A stored picture with too few captions
+    repeats those that it has.
     """
-    count = section.captions_per_image if split == "train" else 1
-    if isinstance(pairs, Stored):
-        return Prompts([own[i % len(own)] for own in pairs.captions for i in range(count)])
+    count = captions_per_image if split == "train" else 1
+    if isinstance(pictures, Stored):
+        return Prompts([own[i % len(own)] for own in pictures.captions for i in range(count)])
     rng = np.random.default_rng([seed, emoji.SPLITS.index(split)])
     texts = []
-    for c, s in zip(pairs.concept, pairs.style, strict=True):
+    for c, s in zip(pictures.concept, pictures.style, strict=True):
         concept, style = emoji.concepts()[c], emoji.styles()[s].word
         texts.append(captions.caption(concept, style))
         texts += [captions.augmented(rng, concept, style) for _ in range(count - 1)]
-    return Prompts(texts, np.repeat(pairs.concept, count), np.repeat(pairs.style, count))
+    return Prompts(texts, np.repeat(pictures.concept, count), np.repeat(pictures.style, count))
 
 
 def checksums_of(dataset: str, directory: str) -> dict[str, str]:
@@ -137,15 +161,15 @@ def checksums_of(dataset: str, directory: str) -> dict[str, str]:
     )
 
 
-def state(pairs: emoji.Pairs | Stored) -> Any:
-    """What a fingerprint of the pictures is made of."""
-    return pairs.state if isinstance(pairs, Stored) else pairs.images
+def state(pictures: emoji.Pairs | Stored) -> Any:
+    """Returns what a fingerprint of the pictures is made of."""
+    return pictures.state if isinstance(pictures, Stored) else pictures.images
 
 
 def square(
     image: UInt8[np.ndarray, "h w 3"], size: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """A random square of a picture whose shorter side is resized to it, bilinearly.
+    """Cuts a random square out of a picture whose shorter side is resized to it, bilinearly.
 
     Source: the transforms of APTP's code (https://arxiv.org/abs/2406.12042).
     """
@@ -159,11 +183,12 @@ def square(
 
 
 @functools.cache  # captions are read picture by picture
-def _stored(dataset: str, directory: str, split: str, num_images: int, image_size: int) -> Stored:
-    found = {"cc3m": cc3m, "coco": coco}[dataset].load(directory, split)
-    rows = slice(num_images or None)
-    found = dataclasses.replace(found, records=found.records[rows], positions=found.positions[rows])
-    texts = [captioned.row(found, i).captions for i in range(len(found.records))]
-    content = checksums_of(dataset, directory)
-    key = cache.fingerprint(dataset, content, split, found.positions, image_size)
-    return Stored(Images(found, image_size), texts, key)
+def _stored(source: PictureSource, split: str) -> Stored:
+    dataset = {"cc3m": cc3m, "coco": coco}[source.dataset].load(source.directory, split)
+    used = slice(source.num_images or None)
+    records, positions = dataset.records[used], dataset.positions[used]
+    dataset = dataclasses.replace(dataset, records=records, positions=positions)
+    texts = [captioned.row(dataset, i).captions for i in range(len(records))]
+    content = checksums_of(source.dataset, source.directory)
+    key = cache.fingerprint(source.dataset, content, split, positions, source.image_size)
+    return Stored(Images(dataset, source.image_size), texts, key)

@@ -1,48 +1,38 @@
 """The autoencoder of a pretrained model, and the latents of all images."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from sdprune_jax import config, pipeline
+from sdprune_jax import pipeline
 from sdprune_jax.data import cache, emoji
+from sdprune_jax.data.order import rows_of_batch
 from sdprune_jax.metrics import paired
 from sdprune_jax.models import vae
+from sdprune_jax.models.initial import ends_a_block, init_params
 from sdprune_jax.training import loop
 
 
-def configure(section: config.PretrainVAE) -> vae.VAEConfig:
-    """The architecture; its scaling factor is known after the training."""
-    return vae.VAEConfig(
-        sample_size=emoji.SIZE,
-        block_out_channels=tuple(section.widths),
-        layers_per_block=section.layers_per_block,
-        norm_num_groups=section.norm_num_groups,
-        scaling_factor=1.0,
-    )
-
-
 def train_vae(
-    section: config.PretrainVAE,
+    training: loop.TrainingSettings,
     vae_config: vae.VAEConfig,
     data: Mapping[str, emoji.Pairs],
-    seed: int,
-    mesh: Mesh,
-    directory: pathlib.Path,
+    kl_weight: float,
 ) -> loop.Params:
     """Trains by absolute and squared error and a small divergence from the unit normal.
+
+    `kl_weight` is the weight of the mean divergence of a latent value.
 
     Source: Rombach et al., CVPR 2022, appendix G (https://arxiv.org/abs/2112.10752), without
         their perceptual and adversarial losses.
     """
-    pictures = data["train"].images
+    images = data["train"].images
     apply: Any = vae.VAE(vae_config).apply
     reconstruct = jax.jit(apply)
 
@@ -54,28 +44,27 @@ def train_vae(
         error = apply({"params": params}, z, method="decode") - x
         kl = jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance) / 2
         absolute, squared = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
-        loss = absolute + squared + section.kl_weight * kl
+        loss = absolute + squared + kl_weight * kl
         return loss, {"loss": loss, "absolute": absolute, "squared": squared, "kl": kl}
 
     def batch_at(step):
-        rows = loop.rows_of_batch(len(pictures), section.training.batch_size, step, seed)
-        return {"images": pictures[rows]}
+        rows = rows_of_batch(len(images), training.batch_size, step, training.seed)
+        return {"images": images[rows]}
 
     def evaluate(params):
         figures = {}
         for split in ("val", "test"):
             x = np.asarray(pipeline.to_float(data[split].images))
-            got = [
+            decoded = [
                 np.asarray(reconstruct({"params": params}, x[rows]))
                 for rows in cache.in_batches(len(x), 32)
             ]
-            figures[f"{split}_psnr"] = float(paired.psnr(np.concatenate(got)[: len(x)], x).mean())
+            psnr = paired.psnr(np.concatenate(decoded)[: len(x)], x)
+            figures[f"{split}_psnr"] = float(psnr.mean())
         return figures
 
-    params = loop.init_params(vae.param_shapes(vae_config), seed, loop.ends_a_block)
-    return loop.fit_section(
-        section.training, loss_fn, params, batch_at, {}, evaluate, seed, mesh, directory
-    )
+    params = init_params(vae.param_shapes(vae_config), training.seed, ends_a_block)
+    return loop.fit(training, loss_fn, params, batch_at, {}, evaluate)
 
 
 def encode(
@@ -84,14 +73,14 @@ def encode(
     data: Mapping[str, emoji.Pairs],
     cache_dir: pathlib.Path,
 ) -> tuple[vae.VAEConfig, loop.Params, dict[str, cache.Arrays]]:
-    """Latents of every split, as `mean` and `log_variance`; computed once.
+    """Encodes the pictures of every split, once: `mean` and `log_variance` of their latents.
 
     Returns:
         Config and parameters of an autoencoder whose latents have mean 0 in every channel, by the
         biases at either end of them, and whose scaling factor is one over their deviation; and
         those latents, before scaling.
     """
-    apply = jax.jit(functools.partial(vae.VAE(vae_config).apply, method="encode"))
+    apply = jax.jit(partial(vae.VAE(vae_config).apply, method="encode"))
 
     def compute(images: np.ndarray) -> cache.Arrays:
         parts = [
@@ -103,9 +92,8 @@ def encode(
 
     latents = {}
     for split, pairs in data.items():
-        key = cache.fingerprint(params, pairs.images)
-        name, todo = f"latents-{split}", functools.partial(compute, pairs.images)
-        latents[split] = cache.cached(cache_dir, name, key, todo)
+        key, todo = cache.fingerprint(params, pairs.images), partial(compute, pairs.images)
+        latents[split] = cache.cached(cache_dir, f"latents-{split}", key, todo)
 
     mean = latents["train"]["mean"]
     shift = mean.mean(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)

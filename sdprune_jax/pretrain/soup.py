@@ -1,7 +1,7 @@
 """A CLIP averaged with copies of itself that were tuned on more varied images."""
 
+import dataclasses
 import functools
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -9,53 +9,58 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 from absl import logging
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from sdprune_jax import config, sharding
+from sdprune_jax import sharding
 from sdprune_jax.data import emoji
 from sdprune_jax.models import clip
 from sdprune_jax.pretrain import contrastive
 from sdprune_jax.training import loop
 
 
-def averaged(
-    section: config.PretrainCLIP,
+def average(
+    tuning: loop.TrainingSettings,
     clip_config: clip.CLIPConfig,
     params: loop.Params,
-    words: transformers.CLIPTokenizer,
+    tokenizer: transformers.CLIPTokenizer,
     data: Mapping[str, emoji.Pairs],
-    seed: int,
-    mesh: Mesh,
-    directory: pathlib.Path,
+    strengths: Sequence[float],
+    whole_from: int,
 ) -> loop.Params:
-    """The mean of a CLIP and of a copy tuned at each of `soup_strengths`, on hard batches.
+    """Returns the mean of a CLIP and of a copy tuned at each strength of `warped`, on hard batches.
 
     What `contrastive.text_encoder` keeps stays as it is, so a UNet that reads it may be trained
     before. A copy generalises no better than the CLIP, their mean does.
 
+    Args:
+        tuning: the training of the first copy; others have the seeds and directories next to it.
+        clip_config: the architecture.
+        params: parameters of the CLIP.
+        tokenizer: its tokenizer.
+        data: pictures with their concepts, of the splits `train` and `val`.
+        strengths: one for each copy.
+        whole_from: step from which images are read whole, and not by half.
+
     Source: model soups, ICML 2022 (https://arxiv.org/abs/2203.05482).
     """
-    if not section.soup_strengths:
-        return params
     params = jax.tree.map(sharding.to_host, params)
     frozen = contrastive.text_encoder(clip_config, params)[1]["text_model"]
     text = {name: x for name, x in params["text_model"].items() if name not in frozen}
-    draw, tuning = contrastive.make_batches(clip_config, words, data["train"]), section.tuning
-    recall = functools.partial(contrastive.recall, clip_config, words=words, pairs=data["val"])
+    start = params | {"text_model": text}
+    recall = functools.partial(
+        contrastive.recall, clip_config, tokenizer=tokenizer, pairs=data["val"]
+    )
     copies = [params]
-    for number, strength in enumerate(section.soup_strengths, start=1):
-        vary = functools.partial(warped, strength=strength)
-
-        def batch_at(step, seed=seed + number):
-            is_whole = step >= section.tuning_whole_from
-            return draw(step, tuning.batch_size, seed, True, is_whole)
-
-        tuned = loop.fit_section(
-            tuning, contrastive.make_loss(clip_config, vary), params | {"text_model": text},
-            batch_at, frozen, lambda tuned: recall(contrastive.whole(tuned, frozen)),
-            seed + number, mesh, directory / f"tuned_{number}",
-        )  # fmt: skip
+    for number, strength in enumerate(strengths, start=1):
+        seed, directory = tuning.seed + number, tuning.directory / f"tuned_{number}"
+        own = dataclasses.replace(tuning, seed=seed, directory=directory)
+        draw = contrastive.make_batches(
+            clip_config, tokenizer, data["train"], own.batch_size, own.seed
+        )
+        loss_fn = contrastive.make_loss(clip_config, functools.partial(warped, strength=strength))
+        batch_at = lambda step, draw=draw: draw(step, True, step >= whole_from)
+        evaluate = lambda tuned: recall(contrastive.whole(tuned, frozen))
+        tuned = loop.fit(own, loss_fn, start, batch_at, frozen, evaluate)
         copies.append(contrastive.whole(jax.tree.map(sharding.to_host, tuned), frozen))
     whole = mean(copies, frozen)
     logging.info("mean of %d CLIPs: %s", len(copies), recall(whole))
@@ -63,7 +68,7 @@ def averaged(
 
 
 def mean(copies: Sequence[loop.Params], frozen: loop.Params) -> loop.Params:
-    """Of every parameter but those of `frozen`: the mean of equal numbers may round."""
+    """Averages all parameters but the frozen ones: the mean of equal numbers may round."""
     means = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *copies)
     return contrastive.whole(means, frozen)
 
@@ -71,11 +76,11 @@ def mean(copies: Sequence[loop.Params], frozen: loop.Params) -> loop.Params:
 def warped(
     images: Float[Array, "b h w 3"], key: Key[Array, ""], strength: float
 ) -> Float[Array, "b h w 3"]:
-    """Images on white, each turned, sheared, resized, moved by up to 4 pixels, and recoloured.
+    """Turns, shears, resizes and recolours images on white, and moves them by up to 4 pixels.
 
     Args:
-        images: in [-1, 1].
-        key: of the draws.
+        images: values in [-1, 1].
+        key: draws all changes.
         strength: 1 turns by up to 17 degrees and makes a tenth of the images grey; 0 moves only.
     """
     b, h, w, _ = images.shape
@@ -104,7 +109,7 @@ def warped(
 def _at(
     images: Float[Array, "b h w c"], places: Float[Array, "b h w 2"]
 ) -> Float[Array, "b h w c"]:
-    """Bilinear samples; 0 beyond the edges."""
+    """Samples images bilinearly; beyond the edges they are 0."""
     sample = lambda channel, place: jax.scipy.ndimage.map_coordinates(
         channel, [place[0], place[1]], order=1, mode="constant"
     )

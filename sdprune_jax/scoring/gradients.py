@@ -10,7 +10,7 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from sdprune_jax import UserError, config, pipeline, sharding
+from sdprune_jax import UserError, pipeline, sharding
 from sdprune_jax.data import cache, emoji, pictures
 from sdprune_jax.files import model_directory
 from sdprune_jax.models import noise_schedule, unet
@@ -46,9 +46,8 @@ def of_pictures(
     pairs = pictures.embedded("train")
     rows = np.random.default_rng(seed).permutation(len(pairs.images))[: settings.num_images]
     pairs = emoji.Pairs(*(x[rows] for x in pairs))
-    of_each = config.RouterData(captions_per_image=1)
-    texts = pictures.prompts(of_each, pairs, "train", seed).texts
-    examples = encoded.examples(of_each, model, pairs, texts, mesh, None, variant)
+    texts = pictures.prompts(pairs, "train", seed, captions_per_image=1).texts
+    examples = encoded.encode(model, pairs, texts, mesh, None, variant)
     latents = examples.mean[:, 0] * np.float32(model.vae.scaling_factor)
     return sums(model, params, mesh, latents, examples.states, settings, seed)
 

@@ -15,13 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 from sdprune_jax import UserError, artefacts, config, sites
 from sdprune_jax.aptp import assignment, balance, expert_files, gates, router_training
 from sdprune_jax.aptp.layout import Layout, layout_of
-from sdprune_jax.aptp.records import AssignRecord, SplitRecord
+from sdprune_jax.aptp.records import AssignRecord, RouterRecord, SplitRecord
 from sdprune_jax.data import emoji, pictures
+from sdprune_jax.files import model_directory
 from sdprune_jax.sites import macs
 from sdprune_jax.stages import cost_card, inputs
 from sdprune_jax.training import encoded
 
-_TOLERANCE = 0.02  # of the budget, beyond which a warning is due
+_TOLERANCE = 0.02  # share of the budget that MACs may be off before a warning is due
 
 
 def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
@@ -32,76 +33,52 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         which of all gates each expert keeps; and `experts_<split>.npy`, of every prompt.
 
     Raises:
-        ValueError: if the run has no finished router, or not the gates that `final_codes` asks for.
+        UserError: if the run has no finished router, or not the gates that `final_codes` asks for.
     """
-    section, work = run.assign, pathlib.Path(run.workdir)
+    section, work, model = run.assign, pathlib.Path(run.workdir), inputs.open_model(run)
     assert section is not None
-    model, output = inputs.open_model(run), artefacts.output_of("assign", work)
-    params, trained, made = router_training.load(work, model, mesh)
+    output = artefacts.output_of("assign", work)
+    params, trained = router_training.load(work, model, mesh)
+    source, budget = trained.data, trained.macs_budget
     made_from = {
         "section": dataclasses.asdict(section),
-        "model": artefacts.model_state(model.directory, made.variant),
+        "model": artefacts.model_state(model.directory, trained.variant),
         "router": artefacts.identity(artefacts.output_of("router", work)),
-        "pictures": pictures.checksums_of(trained.data.dataset, trained.data.directory),
+        "pictures": pictures.checksums_of(source.dataset, source.directory),
     }
     if artefacts.is_complete(output, made_from):
         return output.directory
     layout = layout_of(sites.table(model.unet))
-    if section.final_codes == "stored":
-        code_gates = _stored_gates(work / "router", section.fit_budget)
-    else:
-        code_gates = _code_gates(params, layout, section.final_codes, made.seed)
+    code_gates = _code_gates(section, params, trained.seed, layout, work / "router")
     similarity, labels = {}, {}
     for split in emoji.SPLITS:
-        pairs = pictures.load(trained.data, split)
-        prompts = pictures.prompts(trained.data, pairs, split, made.seed)
-        embedding = encoded.embeddings(
-            trained.data,
-            model,
-            prompts.texts,
-            mesh,
-            work / "router" / "cache",
-            made.variant or None,
-        )
+        cache_dir = work / "router" / "cache"
+        labels[split], embeddings = _prompts(trained, model, split, cache_dir, mesh)
         similarity[split] = assignment.similarities(
-            params, embedding, layout, code_gates, section.route_noise
+            params, embeddings, layout, code_gates, section.route_noise
         )
-        labels[split] = prompts
-    costs = router_training.budget_costs(trained, model, (made.latent_size[0], made.latent_size[1]))
     offsets = np.zeros(trained.num_codes, np.float32)
     if section.balance == "optimal_transport":
         offsets = balance.offsets(similarity["train"])
     experts = {split: assignment.nearest(s, offsets) for split, s in similarity.items()}
-    counts = np.bincount(experts["train"], minlength=trained.num_codes)
-    keep, shift = np.asarray(code_gates) >= 0.5, np.zeros(1)
+    costs = router_training.budget_costs(model, trained.latent_size, trained.mac_counter)
+    shift, keep = np.zeros(1), np.asarray(code_gates) >= 0.5
     unfitted = _kept(keep, layout, costs)
     if section.fit_budget != "none":
-        average = np.atleast_2d(counts / counts.sum())
-        weights = average if section.fit_budget == "average" else np.eye(trained.num_codes)
-        logits, noise = _final_logits(params, section.final_codes, made.seed)
-        shift, keep = balance.fit_budget(
-            lambda shift: np.asarray(gates.soft_gates(logits + shift, noise, layout)) >= 0.5,
-            lambda keep: weights @ _kept(keep, layout, costs),
-            trained.macs_budget,
-            len(weights),
-        )
+        shift, keep = _fit_budget(section, params, trained, experts["train"], costs, layout)
     kept = _kept(keep, layout, costs)
-
-    splits = {}
-    for split, expert in experts.items():
-        figures = balance.figures(expert, kept, trained.macs_budget)
-        figures |= balance.information(expert, _labels(labels[split]))
-        splits[split] = SplitRecord(**figures)
-    _warn(splits, kept, trained.macs_budget, section.fit_budget)
+    figures = lambda split: balance.figures(experts[split], kept, budget, labels[split])
+    splits = {split: figures(split) for split in experts}
+    _warn(splits, kept, budget, section.fit_budget)
     arrays = {"architectures": keep, "offsets": offsets, "code_gates": np.asarray(code_gates)}
-    of_prompts = {f"experts_{split}": expert for split, expert in experts.items()}
+    arrays |= {f"experts_{split}": expert for split, expert in experts.items()}
     with artefacts.writing(output, made_from) as partial:
-        expert_files.save_arrays(partial.directory, arrays | of_prompts)
+        expert_files.save_arrays(partial.directory, arrays)
         partial.record = AssignRecord(
-            section=dataclasses.asdict(section),
-            macs_budget=trained.macs_budget,
+            route_noise=section.route_noise,
+            macs_budget=budget,
             mac_counter=trained.mac_counter,
-            latent_size=made.latent_size,
+            latent_size=trained.latent_size,
             logit_shift=shift.tolist(),
             macs_of_codes=unfitted.tolist(),
             macs_of_experts=kept.tolist(),
@@ -109,6 +86,42 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             splits=splits,
         )
     return output.directory
+
+
+def _prompts(
+    trained: RouterRecord,
+    model: model_directory.ModelConfig,
+    split: str,
+    cache_dir: pathlib.Path,
+    mesh: Mesh,
+) -> tuple[dict[str, Int[np.ndarray, " _rows"]], Float[np.ndarray, "rows n"]]:
+    """Returns the labels of the prompts of the router's pictures, and what it reads of them."""
+    source, variant = trained.data, trained.variant or None
+    images = pictures.load(source, split)
+    prompts = pictures.prompts(images, split, trained.seed, source.captions_per_image)
+    embeddings = encoded.embed(source.encoder, model, prompts.texts, mesh, cache_dir, variant)
+    return _labels(prompts), embeddings
+
+
+def _fit_budget(
+    section: config.Assign,
+    params: Any,
+    trained: RouterRecord,
+    expert: Int[np.ndarray, " rows"],
+    costs: macs.SiteMacs,
+    layout: Layout,
+) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, "k d"]]:
+    """Shifts the logits of all experts, or of each, until their MACs are as the budget says."""
+    counts = np.bincount(expert, minlength=trained.num_codes)
+    average = np.atleast_2d(counts / counts.sum())
+    weights = average if section.fit_budget == "average" else np.eye(trained.num_codes)
+    logits, noise = _final_logits(params, section.final_codes, trained.seed)
+    return balance.fit_budget(
+        lambda shift: np.asarray(gates.soft_gates(logits + shift, noise, layout)) >= 0.5,
+        lambda keep: weights @ _kept(keep, layout, costs),
+        trained.macs_budget,
+        len(weights),
+    )
 
 
 def _warn(
@@ -129,7 +142,7 @@ def _warn(
 
 
 def _labels(prompts: pictures.Prompts) -> dict[str, Int[np.ndarray, " rows"]]:
-    """What may be said of who draws a prompt: of embedded pictures, drawing style and group."""
+    """Returns drawing style and group of each prompt, which embedded pictures alone have."""
     if prompts.concept is None or prompts.style is None:
         return {}
     groups = [emoji.concepts()[c].group for c in prompts.concept]
@@ -146,8 +159,12 @@ def _final_logits(
     return codes, gates.gumbel(jax.random.uniform(jax.random.key(seed), codes.shape))
 
 
-def _code_gates(params: Any, layout: Layout, final_codes: str, seed: int) -> Float[Array, "k d"]:
-    logits, noise = _final_logits(params, final_codes, seed)
+def _code_gates(
+    section: config.Assign, params: Any, seed: int, layout: Layout, directory: pathlib.Path
+) -> Float[Array, "k d"]:
+    if section.final_codes == "stored":
+        return _stored_gates(directory, section.fit_budget)
+    logits, noise = _final_logits(params, section.final_codes, seed)
     return gates.soft_gates(logits, noise, layout)
 
 

@@ -87,7 +87,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             "protocol": _protocol(run, protocol, asked, size),
             "weights": {name: network.weights for name, network in used.items()},
             "models": {
-                name: drawn.said() | {"figures": figures[name]} for name, drawn in models.items()
+                name: drawn.described() | {"figures": figures[name]}
+                for name, drawn in models.items()
             },
         }
         if jax.process_index() == 0:

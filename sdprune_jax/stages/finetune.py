@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Int
@@ -17,7 +18,9 @@ from sdprune_jax import UserError, artefacts, config, sharding
 from sdprune_jax.aptp import expert_files
 from sdprune_jax.aptp.records import ExpertsRecord, FinetuneRecord, FinetuneRow
 from sdprune_jax.data import cache, pictures
+from sdprune_jax.data.order import rows_of_batch
 from sdprune_jax.files import model_directory
+from sdprune_jax.models import unet
 from sdprune_jax.stages import cost_card, inputs
 from sdprune_jax.training import distillation, encoded, loop, settings_file
 
@@ -66,7 +69,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
     variant = run.variant or None
     examples = {
-        split: encoded.of_split(
+        split: encoded.encode_split(
             experts.data, model, split, experts.seed, mesh, experts.cache, variant
         )
         for split in ("train", "val")
@@ -89,7 +92,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             raise UserError(
                 f"none of the {len(skipped)} experts in {work} has a prompt to train on"
             )
-        partial.record = FinetuneRecord(dataclasses.asdict(section), rows, skipped)
+        partial.record = FinetuneRecord(rows, skipped)
     return output.directory
 
 
@@ -124,36 +127,54 @@ def _train_expert(
         How many prompts it has, by split, and its losses on unseen ones, `before` and `after`.
     """
     section, seed, expert = task.section, task.run.seed, model_directory.open_model(source)
-    training = section.training
-    loss_fn = distillation.make_loss(section, task.model, expert.unet, jnp.dtype(task.run.dtype))
+    loss_fn = make_loss(section, task.model, expert.unet, jnp.dtype(task.run.dtype))
     params = _load(expert, task.mesh, None)
+    training = inputs.training_settings(
+        section.training,
+        optimizer=make_optimizer(section),
+        seed=seed,
+        mesh=task.mesh,
+        directory=task.trainings / f"expert-{source.name}",
+    )
 
     def batch_at(step: int) -> dict[str, Any]:
-        picked = loop.rows_of_batch(len(rows["train"]), training.batch_size, step, seed)
+        picked = rows_of_batch(len(rows["train"]), training.batch_size, step, seed)
         return task.examples["train"].batch(rows["train"][picked], [seed, step])
 
     evaluate = _evaluator(task, loss_fn, rows["val"] if training.num_evals else rows["val"][:0])
     before = evaluate(params)
-    params = loop.fit(
-        loss_fn,
-        params,
-        distillation.make_optimizer(section),
-        batch_at,
-        task.frozen,
-        mesh=task.mesh,
-        num_steps=training.num_steps,
-        ema_decay=training.ema_decay,
-        seed=seed,
-        directory=task.trainings / f"expert-{source.name}",
-        log_every=training.log_every,
-        save_every=training.save_every,
-        evaluate=evaluate,
-        eval_every=max(training.num_steps // max(training.num_evals, 1), 1),
-    )
+    params = loop.fit(training, loss_fn, params, batch_at, task.frozen, evaluate)
     dtype = jnp.dtype(section.save_dtype)
     model_directory.write(expert, {"unet": params}, target, dtype=dtype)
     prompts = {split: len(mine) for split, mine in rows.items()}
     return {"prompts": prompts, "before": before, "after": evaluate(params)}
+
+
+def make_loss(
+    section: config.Finetune,
+    model: model_directory.ModelConfig,
+    unet_config: unet.UNetConfig,
+    dtype: Any = jnp.float32,
+) -> loop.LossFn:
+    """Returns the loss that the section describes."""
+    return distillation.make_loss(
+        model,
+        unet.UNet(unet_config, dtype, section.remat),
+        {name: getattr(section, name) for name in ("denoising", "output", "block")},
+        caption_dropout=section.caption_dropout,
+        min_snr_gamma=section.min_snr_gamma,
+        snr_weight=section.snr_weight,
+    )
+
+
+def make_optimizer(section: config.Finetune) -> optax.GradientTransformation:
+    """Returns the optimizer that the section describes."""
+    training = section.training
+    if section.schedule == "cosine":
+        return inputs.adamw(training)
+    return distillation.constant_adamw(
+        training.learning_rate, training.warmup_steps, training.weight_decay, training.clip_norm
+    )
 
 
 def _evaluator(
@@ -199,17 +220,17 @@ def plan(run: config.Run, planned: cost_card.Planned) -> str:
     assert section is not None
     training, shapes, mesh = section.training, planned.shapes["unet"], planned.mesh
     if made_by:
-        data, shares = made_by.data, [made_by.macs_budget]
+        source, shares = inputs.picture_source(made_by.data), [made_by.macs_budget]
         count = run.router.num_codes if run.router else 1
     else:
         record = artefacts.output_of("materialise", run.workdir).record
         cut = artefacts.read(record, ExpertsRecord) if record.is_file() else None
-        data = config.RouterData(**cut.data if cut else {})
+        source = cut.data if cut else pictures.PictureSource()
         shares = [row.share_of_macs for row in cut.experts] if cut else [1.0]
         count = len(shares)
-    unet_macs = cost_card.unet_macs(planned, pictures.size(data))
+    unet_macs = cost_card.unet_macs(planned, source.side)
     work = training.batch_size * unet_macs * (1 + (3 + section.remat) * float(np.mean(shares)))
-    optimizer = distillation.make_optimizer(section)
+    optimizer = make_optimizer(section)
     state = jax.eval_shape(lambda params: loop.init_state(params, optimizer), shapes)
     frozen, own = (
         cost_card.in_bytes(cost_card.bytes_a_device(tree, mesh)) for tree in (shapes, state)

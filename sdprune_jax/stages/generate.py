@@ -61,7 +61,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         variant = run.variant if name == "dense" else ""
         images[name], seconds = _draw(run, drawn, prompts, (height, width), mesh, variant)
         files = [f"{name}/{i:04d}.png" for i in range(len(prompts))]
-        results[name] = drawn.said() | {"files": files} | _timing(seconds)
+        results[name] = drawn.described() | {"files": files} | _timing(seconds)
         if len(drawn.directories) > 1:
             results[name]["expert"] = drawn.expert.tolist()
         results[name] |= _scores(directories["dense"][0], images[name], concept, style)

@@ -1,9 +1,15 @@
-"""What stages look at before the first of them starts."""
+"""What stages look at before the first of them starts, and what they make of their sections."""
+
+import dataclasses
+from typing import Any
+
+import optax
 
 from sdprune_jax import UserError, config
-from sdprune_jax.data import captions, tokenizer
+from sdprune_jax.data import captions, pictures, tokenizer
 from sdprune_jax.files import model_directory
 from sdprune_jax.models import samplers
+from sdprune_jax.training import loop
 
 
 def open_model(run: config.Run) -> model_directory.ModelConfig:
@@ -55,3 +61,27 @@ def check_calibration(
     ]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def fields_of(kind: type, section: Any) -> dict[str, Any]:
+    """Returns the fields of a section that a dataclass of the package has too."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    return {name: getattr(section, name) for name in names if hasattr(section, name)}
+
+
+def picture_source(section: config.RouterData) -> pictures.PictureSource:
+    """Returns the pictures and prompts that a section describes."""
+    return pictures.PictureSource(**dataclasses.asdict(section))
+
+
+def training_settings(
+    section: config.Training | config.Router, **others: Any
+) -> loop.TrainingSettings:
+    """Returns the training that a section describes; `others` are the fields it does not have."""
+    return loop.TrainingSettings(**fields_of(loop.TrainingSettings, section), **others)
+
+
+def adamw(section: config.Training) -> optax.GradientTransformation:
+    """Returns the optimizer that a section describes."""
+    names = ("learning_rate", "warmup_steps", "num_steps", "weight_decay", "clip_norm", "cycles")
+    return loop.adamw(**{name: getattr(section, name) for name in names})

@@ -32,19 +32,19 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     assert section is not None
     model, output = inputs.open_model(run), artefacts.output_of("materialise", work)
     assigned = assignment.read_assignment(work)
-    _, trained, made = router_training.load(work, model, mesh)
+    _, trained = router_training.load(work, model, mesh)
     purpose = expert_files.Purpose(
-        trained.data,
-        made.seed,
-        made.variant,
-        trained.mac_counter,
-        (assigned.latent_size[0], assigned.latent_size[1]),
-        "router/cache",
+        data=trained.data,
+        seed=trained.seed,
+        variant=trained.variant,
+        mac_counter=trained.mac_counter,
+        latent_size=assigned.latent_size,
+        cache="router/cache",
     )
     identity = artefacts.identity(artefacts.output_of("assign", work))
     made_from = {
         "section": dataclasses.asdict(section),
-        "model": artefacts.model_state(model.directory, made.variant),
+        "model": artefacts.model_state(model.directory, trained.variant),
         "assign": identity,
     }
     if artefacts.is_complete(output, made_from):

@@ -8,15 +8,18 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from sdprune_jax import artefacts, config, sharding, sites
 from sdprune_jax.aptp import codebook, router, router_training
-from sdprune_jax.aptp.layout import layout_of
+from sdprune_jax.aptp.layout import Layout, layout_of
 from sdprune_jax.aptp.records import RouterRecord
 from sdprune_jax.data import pictures
+from sdprune_jax.data.order import rows_of_batch
 from sdprune_jax.files import model_directory
 from sdprune_jax.files.weights import save_params
+from sdprune_jax.models import unet
 from sdprune_jax.sites import macs
 from sdprune_jax.stages import cost_card, inputs
 from sdprune_jax.training import encoded, loop, settings_file
@@ -43,22 +46,16 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     }
     if artefacts.is_complete(output, settings):
         return output.directory
-    layout = layout_of(sites.table(model.unet))
-    latent_size = (section.latent_size or pictures.size(section.data) // model.vae.downscale,) * 2
+    layout, source = layout_of(sites.table(model.unet)), inputs.picture_source(section.data)
+    cache_dir = output.directory / "cache"
     examples = {
-        split: encoded.of_split(
-            section.data, model, split, run.seed, mesh, output.directory / "cache", variant
-        )
+        split: encoded.encode_split(source, model, split, run.seed, mesh, cache_dir, variant)
         for split in ("train", "val")
     }
     settings_file.keep(output.directory / "training", settings, run.force)
-    costs = router_training.budget_costs(section, model, latent_size)
+    latent_size, costs = budget(section, model)
     figures = functools.partial(
-        router_training.evaluation,
-        jnp.asarray(examples["val"].embedding),
-        layout,
-        costs,
-        section.num_codes,
+        router_training.evaluate, jnp.asarray(examples["val"].embedding), layout, costs
     )
     params = _train(run, model, costs, examples["train"], figures, mesh)
     with artefacts.writing(output, settings) as partial:
@@ -68,8 +65,11 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
             variant=run.variant,
             seed=run.seed,
             embedding_dim=examples["train"].embedding.shape[1],
-            latent_size=list(latent_size),
-            section=dataclasses.asdict(section),
+            latent_size=latent_size,
+            num_codes=section.num_codes,
+            macs_budget=section.macs_budget,
+            mac_counter=section.mac_counter,
+            data=source,
             figures=figures(params),
         )
     return output.directory
@@ -101,27 +101,50 @@ def _train(
         params |= {"codes": seeds(params["predictor"])}
 
     def batch_at(step: int) -> dict[str, Any]:
-        rows = loop.rows_of_batch(len(embedding), section.batch_size, step, run.seed)
+        rows = rows_of_batch(len(embedding), section.batch_size, step, run.seed)
         warms_up = np.full(len(rows), step < section.warmup_steps)
         return examples.batch(rows, [run.seed, step]) | {"warms_up": warms_up}
 
-    directory = artefacts.output_of("router", run.workdir).directory / "training" / "router"
-    return loop.fit(
-        router_training.make_loss(section, model, costs, layout, jnp.dtype(run.dtype)),
-        params,
-        codebook.make_optimizer(section, seeds if has_seeds else None),
-        batch_at,
-        frozen,
-        mesh=mesh,
-        num_steps=section.num_steps,
-        ema_decay=section.ema_decay,
+    training = inputs.training_settings(
+        section,
+        optimizer=make_optimizer(section, seeds if has_seeds else None),
         seed=run.seed,
-        directory=directory,
-        log_every=section.log_every,
-        save_every=section.save_every,
-        evaluate=figures,
-        eval_every=max(section.num_steps // section.num_evals, 1),
+        mesh=mesh,
+        directory=artefacts.output_of("router", run.workdir).directory / "training" / "router",
     )
+    loss_fn = make_loss(section, model, costs, layout, jnp.dtype(run.dtype))
+    return loop.fit(training, loss_fn, params, batch_at, frozen, figures)
+
+
+def make_loss(
+    section: config.Router,
+    model: model_directory.ModelConfig,
+    costs: macs.SiteMacs,
+    layout: Layout,
+    dtype: Any = jnp.float32,
+) -> loop.LossFn:
+    """Returns the loss that the section describes."""
+    values = inputs.fields_of(router_training.LossSettings, section)
+    settings = router_training.LossSettings(weights=dataclasses.asdict(section.losses), **values)
+    network = unet.UNet(model.unet, dtype, section.remat, section.gate_position)
+    return router_training.make_loss(settings, model, network, costs, layout)
+
+
+def make_optimizer(
+    section: config.Router, seeds: codebook.Seeds | None = None
+) -> optax.GradientTransformation:
+    """Returns the optimizer that the section describes."""
+    steps = (section.ramp_steps, section.warmup_steps)
+    return codebook.make_optimizer(section.learning_rate, *steps, seeds)
+
+
+def budget(
+    section: config.Router, model: model_directory.ModelConfig
+) -> tuple[tuple[int, int], macs.SiteMacs]:
+    """Returns the latent size that the budget is counted at, and the MACs of every site there."""
+    side = inputs.picture_source(section.data).side // model.vae.downscale
+    latent_size = (section.latent_size or side,) * 2
+    return latent_size, router_training.budget_costs(model, latent_size, section.mac_counter)
 
 
 def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001
@@ -130,11 +153,10 @@ def check(run: config.Run, num_devices: int) -> None:  # noqa: ARG001
     assert section is not None
     model = inputs.check_model(run)
     for split in ("train", "val"):
-        pictures.load(section.data, split)
-    encoded.encoder_of(section.data, model)
-    layout = layout_of(sites.table(model.unet))
-    latent = section.latent_size or pictures.size(section.data) // model.vae.downscale
-    router_training.check(section, model, layout, (latent, latent))
+        pictures.load(inputs.picture_source(section.data), split)
+    encoded.encoder_config(section.data.encoder, model)
+    layout, (_, costs) = layout_of(sites.table(model.unet)), budget(section, model)
+    router_training.check_budget(section.macs_budget, costs, layout)
 
 
 def plan(run: config.Run, planned: cost_card.Planned) -> str:
@@ -144,7 +166,7 @@ def plan(run: config.Run, planned: cost_card.Planned) -> str:
     """
     section = run.router
     assert section is not None
-    unet_macs = cost_card.unet_macs(planned, pictures.size(section.data))
+    unet_macs = cost_card.unet_macs(planned, inputs.picture_source(section.data).side)
     work = section.batch_size * unet_macs * (3 + section.remat)
     frozen = cost_card.in_bytes(cost_card.bytes_a_device(planned.shapes["unet"], planned.mesh))
     return (

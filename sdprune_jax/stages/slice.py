@@ -46,20 +46,20 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     if artefacts.is_complete(output, made_from):
         return output.directory
 
-    train = pictures.load(section.data, "train")
-    size = section.latent_size or train.images.shape[1] // model.vae.downscale
+    source = inputs.picture_source(section.data)
+    size = section.latent_size or source.side // model.vae.downscale
     dense = model_directory.load(model, "unet", dtype=np.float32, variant=run.variant or None)
     dense = jax.tree.map(np.asarray, dense)
     calibration = open_calibration(section.calibration, model, "unet", mesh, run.seed, run.variant)
     made = criteria.slice_unet(model, dense, _criterion(section, size), calibration, seed=run.seed)
 
     purpose = expert_files.Purpose(
-        section.data, run.seed, run.variant, section.mac_counter, (size, size), "slice/cache"
+        source, run.seed, run.variant, section.mac_counter, (size, size), "slice/cache"
     )
     rows = {}
     for split in emoji.SPLITS:
-        pairs = pictures.load(section.data, split)
-        texts = pictures.prompts(section.data, pairs, split, run.seed).texts
+        images = pictures.load(source, split)
+        texts = pictures.prompts(images, split, run.seed, source.captions_per_image).texts
         rows[split] = np.zeros(len(texts), np.int32)
     cut = expert_files.Cut(made.params, made.unet, made.kept)
     with artefacts.writing(output, made_from) as partial:
@@ -77,8 +77,9 @@ def check(run: config.Run, num_devices: int) -> None:
     section = run.slice
     assert section is not None
     model = inputs.check_model(run)
-    pictures.load(section.data, "train")
-    size = section.latent_size or pictures.size(section.data) // model.vae.downscale
+    source = inputs.picture_source(section.data)
+    pictures.load(source, "train")
+    size = section.latent_size or source.side // model.vae.downscale
     criteria.check(model, _criterion(section, size))
     if section.criterion in ("taylor", "diff-pruning", "obs", "operators"):
         inputs.check_calibration(section.calibration, model, num_devices, "slice.calibration")

@@ -16,18 +16,17 @@ import transformers
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int32, Key, Shaped, UInt8
 
-from sdprune_jax import UserError, config, pipeline, sharding
+from sdprune_jax import UserError, pipeline, sharding
 from sdprune_jax.data import cache, emoji, pictures, tokenizer
-from sdprune_jax.data.pictures import Stored, state
 from sdprune_jax.files import model_directory, tensors
 from sdprune_jax.models import clip, noise_schedule, sentence, vae
 from sdprune_jax.training import loop
 
-_ROWS_PER_DEVICE = 32  # that a device encodes at once
+_ROWS_PER_DEVICE = 32  # rows that a device encodes at once
 _IN_MEMORY = 2**31  # bytes; larger arrays are written to disk as they are computed
 
 
-class Noised(NamedTuple):
+class Noisy(NamedTuple):
     """Training inputs and targets of a denoiser."""
 
     latents: Float[Array, "b h w c"]
@@ -37,14 +36,14 @@ class Noised(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """What a batch is made of, by prompt or by picture.
+    """What batches are made of; prompts of one picture are rows that follow one another.
 
     Attributes:
-        embedding: of every prompt, as the router reads it.
-        states: of every prompt, as the UNet reads it; float16.
-        null: the states of no text.
-        mean: of the latents of every picture and, with flips, of its mirror image.
-        log_variance: of the same.
+        embedding: what the router reads of every prompt.
+        states: what the UNet reads of every prompt; float16.
+        null: what the UNet reads of no text.
+        mean: mean of the latents of every picture and, with flips, of its mirror image.
+        log_variance: log of the variance of the same latents.
     """
 
     embedding: Float[np.ndarray, "rows n"]
@@ -54,7 +53,7 @@ class Examples(NamedTuple):
     log_variance: Float[np.ndarray, "images flips h w c"]
 
     def batch(self, rows: Int[np.ndarray, " b"], seed: Sequence[int]) -> dict[str, Any]:
-        """The examples of some prompts, mirrored or not as `seed` draws."""
+        """Returns the examples of some prompts, mirrored or not as `seed` draws."""
         image = rows // (len(self.states) // len(self.mean))
         flip = np.random.default_rng(seed).integers(self.mean.shape[1], size=len(rows))
         return {
@@ -65,49 +64,41 @@ class Examples(NamedTuple):
         }
 
 
-def embeddings(
-    section: config.RouterData,
+def embed(
+    encoder: str,
     model: model_directory.ModelConfig,
     texts: Sequence[str],
     mesh: Mesh,
     cache_dir: pathlib.Path | None,
     variant: str | None = None,
 ) -> Float[np.ndarray, "rows n"]:
-    """What the router reads of prompts.
+    """Returns what the router reads of prompts.
 
     Args:
-        section: names the encoder.
-        model: whose text encoder that may be.
+        encoder: `text_encoder`, or a directory of sentence-transformers.
+        model: the model whose text encoder that may be.
         texts: the prompts.
-        mesh: of `sharding.make_mesh`.
-        cache_dir: None keeps nothing.
-        variant: of the model's files.
+        mesh: the devices that share the work.
+        cache_dir: where the embeddings are kept; None keeps nothing.
+        variant: variant of the model's files.
 
     Raises:
-        ValueError: if the encoder is neither `text_encoder` nor a sentence encoder.
+        UserError: if the encoder is neither.
     """
-    encoder = encoder_of(section, model)
-    directory = pathlib.Path(section.encoder)
-    if isinstance(encoder, clip.TextConfig):
-        directory = model.directory / "text_encoder"
+    config = encoder_config(encoder, model)
+    is_own = isinstance(config, clip.TextConfig)
+    directory = model.directory / "text_encoder" if is_own else pathlib.Path(encoder)
 
     def compute() -> cache.Arrays:
-        if isinstance(encoder, clip.TextConfig):
+        if isinstance(config, clip.TextConfig):
             params = model_directory.load(model, "text_encoder", dtype=np.float32, variant=variant)
-            encode = functools.partial(_pooled_text, encoder)
-            ids = _ids(model, texts)
-            return {
-                "embedding": _encode(encode, params, ids.__getitem__, len(ids), mesh, cache_dir)
-            }
-        params = model_directory.load_params(
-            directory, sentence.param_shapes(encoder), dtype=np.float32
-        )
-        words: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        found = words(list(texts), padding=True, truncation=True, max_length=encoder.max_tokens)
-        keys = ("input_ids", "attention_mask")
-        both = np.stack([np.array(found[key], np.int32) for key in keys], axis=1)
-        encode = functools.partial(_pooled, encoder)
-        return {"embedding": _encode(encode, params, both.__getitem__, len(both), mesh, cache_dir)}
+            apply, rows = functools.partial(_pooled_text, config), _ids(model, texts)
+        else:
+            shapes = sentence.param_shapes(config)
+            params = model_directory.load_params(directory, shapes, dtype=np.float32)
+            apply = functools.partial(_pooled_sentence, config)
+            rows = _ids_and_masks(directory, texts, config.max_tokens)
+        return {"embedding": _encode(apply, params, rows.__getitem__, len(rows), mesh, cache_dir)}
 
     if cache_dir is None:
         return compute()["embedding"]
@@ -115,74 +106,83 @@ def embeddings(
     return cache.cached(cache_dir, "embeddings", key, compute)["embedding"]
 
 
-def encoder_of(
-    section: config.RouterData, model: model_directory.ModelConfig
+def encoder_config(
+    encoder: str, model: model_directory.ModelConfig
 ) -> clip.TextConfig | sentence.SentenceConfig:
-    """What embeds the prompts that are routed; both kinds have a `hidden_size`.
+    """Returns the config of what embeds prompts for the router; either kind has a `hidden_size`.
 
     Raises:
-        ValueError: if the encoder is neither `text_encoder` nor a sentence encoder.
+        UserError: if the encoder is neither `text_encoder` nor a sentence encoder.
     """
-    if section.encoder == "text_encoder":
+    if encoder == "text_encoder":
         return model.text_encoder
-    file = pathlib.Path(section.encoder) / "config.json"
+    file = pathlib.Path(encoder) / "config.json"
     if not file.is_file():
         raise UserError(
-            f"config.router.data.encoder is {section.encoder!r}, expected `text_encoder` or a"
+            f"config.router.data.encoder is {encoder!r}, expected `text_encoder` or a"
             " directory of sentence-transformers, which has a config.json"
         )
     return sentence.SentenceConfig.from_json(tensors.read_json(file))
 
 
-def examples(
-    section: config.RouterData,
+def encode(
     model: model_directory.ModelConfig,
-    pairs: emoji.Pairs | Stored,
+    images: emoji.Pairs | pictures.Stored,
     texts: Sequence[str],
     mesh: Mesh,
     cache_dir: pathlib.Path | None,
     variant: str | None = None,
+    *,
+    encoder: str = "text_encoder",
+    flips: bool = False,
 ) -> Examples:
-    """Everything that a training needs of some pictures and their prompts.
+    """Computes all that a training needs of pictures and their prompts.
 
-    Args as of `embeddings`.
+    Args:
+        model: the model whose text encoder and autoencoder are used.
+        images: the pictures.
+        texts: the prompts, equally many of each picture.
+        mesh: the devices that share the work.
+        cache_dir: where everything is kept; None keeps nothing.
+        variant: variant of the model's files.
+        encoder: what embeds prompts for the router; see `embed`.
+        flips: encode the mirror image of each picture too.
 
     Raises:
-        ValueError: if there is no picture, or as `embeddings`.
+        UserError: if there is no picture, or as `embed`.
     """
-    if not len(pairs.images):
+    if not len(images.images):
         raise UserError("there is no picture to train on: give a larger num_images")
-    num_flips = 1 + section.flips
+    num_flips = 1 + flips
 
     def latents() -> cache.Arrays:
         params = model_directory.load(model, "vae", dtype=np.float32, variant=variant)
-        take = functools.partial(_mirrored, pairs.images, num_flips)
-        encode = functools.partial(_moments, model.vae)
-        moments = _encode(encode, params, take, num_flips * len(pairs.images), mesh, cache_dir)
+        take = functools.partial(_mirrored, images.images, num_flips)
+        apply = functools.partial(_moments, model.vae)
+        moments = _encode(apply, params, take, num_flips * len(images.images), mesh, cache_dir)
         moments = moments.reshape(-1, num_flips, *moments.shape[1:])
         mean, log_variance = np.split(moments, 2, axis=-1)
         return {"mean": mean, "log_variance": log_variance}
 
     def states() -> cache.Arrays:
         params = model_directory.load(model, "text_encoder", dtype=np.float32, variant=variant)
-        encode = functools.partial(_states, model.text_encoder)
-        ids = _ids(model, [*texts, ""])
-        found = _encode(encode, params, ids.__getitem__, len(ids), mesh, cache_dir)
-        return {"states": found[:-1], "null": found[-1:]}
+        apply, ids = functools.partial(_states, model.text_encoder), _ids(model, [*texts, ""])
+        rows = _encode(apply, params, ids.__getitem__, len(ids), mesh, cache_dir)
+        return {"states": rows[:-1], "null": rows[-1:]}
 
-    embedding = embeddings(section, model, texts, mesh, cache_dir, variant)
+    embedding = embed(encoder, model, texts, mesh, cache_dir, variant)
     if cache_dir is None:
         return Examples(embedding, **states(), **latents())
     vae_state = cache.directory_state(model.directory / "vae")
-    key = cache.fingerprint(vae_state, state(pairs), num_flips)
+    key = cache.fingerprint(vae_state, pictures.state(images), num_flips)
     moments = cache.cached(cache_dir, "latents", key, latents)
     encoder_state = cache.directory_state(model.directory / "text_encoder")
     text = cache.cached(cache_dir, "text", cache.fingerprint(encoder_state, list(texts)), states)
     return Examples(embedding, text["states"], text["null"], **moments)
 
 
-def of_split(
-    section: config.RouterData,
+def encode_split(
+    source: pictures.PictureSource,
     model: model_directory.ModelConfig,
     split: str,
     seed: int,
@@ -190,18 +190,19 @@ def of_split(
     cache_dir: pathlib.Path,
     variant: str | None = None,
 ) -> Examples:
-    """Everything that a training needs of the pictures of a split; `seed` draws their prompts."""
-    images = pictures.load(section, split)
-    texts = pictures.prompts(section, images, split, seed).texts
-    return examples(section, model, images, texts, mesh, cache_dir, variant)
+    """Computes all that a training needs of a split; `seed` draws its prompts."""
+    images = pictures.load(source, split)
+    texts = pictures.prompts(images, split, seed, source.captions_per_image).texts
+    kinds = {"encoder": source.encoder, "flips": source.flips}
+    return encode(model, images, texts, mesh, cache_dir, variant, **kinds)
 
 
-def noised(
+def draw_noisy(
     batch: Mapping[str, Any],
     key: Key[Array, ""],
     schedule: noise_schedule.Schedule,
     scaling_factor: float,
-) -> Noised:
+) -> Noisy:
     """Draws latents, noise and uniform timesteps for the latent distributions of a batch."""
     keys, mean = jax.random.split(key, 3), batch["mean"]
     spread = jnp.exp(batch["log_variance"] / 2) * jax.random.normal(keys[0], mean.shape)
@@ -211,7 +212,7 @@ def noised(
     timestep = jax.random.randint(keys[2], x0.shape[:1], 0, len(alphas))
     alpha = jnp.asarray(alphas)[timestep]
     target = noise_schedule.training_target(x0, noise, alpha, schedule.prediction_type)
-    return Noised(noise_schedule.add_noise(x0, noise, alpha), timestep, target, alpha)
+    return Noisy(noise_schedule.add_noise(x0, noise, alpha), timestep, target, alpha)
 
 
 def _pooled_text(
@@ -221,10 +222,10 @@ def _pooled_text(
     return states[jnp.arange(len(ids)), clip.end_of_text(ids, text_config)]
 
 
-def _pooled(
-    encoder: sentence.SentenceConfig, params: loop.Params, both: Int[Array, "b 2 n"]
+def _pooled_sentence(
+    encoder: sentence.SentenceConfig, params: loop.Params, ids_and_mask: Int[Array, "b 2 n"]
 ) -> Float[Array, "b d"]:
-    ids, mask = both[:, 0], both[:, 1].astype(bool)
+    ids, mask = ids_and_mask[:, 0], ids_and_mask[:, 1].astype(bool)
     states: Any = sentence.SentenceEncoder(encoder).apply({"params": params}, ids, mask)
     return sentence.pool(states, mask)
 
@@ -247,16 +248,25 @@ def _moments(
 def _ids(
     model: model_directory.ModelConfig, texts: Sequence[str]
 ) -> Int32[np.ndarray, "rows tokens"]:
-    words = tokenizer.load(model.directory / "tokenizer")
-    return tokenizer.encode(words, texts, model.text_encoder.max_position_embeddings)
+    own = tokenizer.load(model.directory / "tokenizer")
+    return tokenizer.encode(own, texts, model.text_encoder.max_position_embeddings)
+
+
+def _ids_and_masks(
+    directory: pathlib.Path, texts: Sequence[str], max_tokens: int
+) -> Int32[np.ndarray, "rows 2 tokens"]:
+    own: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokens = own(list(texts), padding=True, truncation=True, max_length=max_tokens)
+    kinds = ("input_ids", "attention_mask")
+    return np.stack([np.array(tokens[kind], np.int32) for kind in kinds], axis=1)
 
 
 def _mirrored(
     images: Any, num_flips: int, rows: Int[np.ndarray, " b"]
 ) -> UInt8[np.ndarray, "b h w 3"]:
-    """Rows of every picture and, with two flips, of its mirror image after it."""
-    found = images[rows // num_flips]
-    return np.where((rows % num_flips)[:, None, None, None] == 1, found[:, :, ::-1], found)
+    """Takes rows of the pictures each of which, with two flips, its mirror image follows."""
+    taken = images[rows // num_flips]
+    return np.where((rows % num_flips)[:, None, None, None] == 1, taken[:, :, ::-1], taken)
 
 
 def _encode(
@@ -267,23 +277,23 @@ def _encode(
     mesh: Mesh,
     scratch: pathlib.Path | None,
 ) -> np.ndarray:
-    """`apply` of all rows, which `take` reads a batch at a time, split over all devices.
+    """Applies a network to all rows, which `take` reads a batch at a time, on all devices.
 
-    What is large is kept in a file in `scratch`, which nobody sees, and not in memory.
+    Large results are kept in a file in `scratch`, which nobody sees, and not in memory.
     """
     placed = sharding.batch_sharding(mesh)
     encode = jax.jit(apply, out_shardings=placed)
-    params, found = sharding.place(params, sharding.replicated(mesh)), np.zeros(0)
+    params, result = sharding.place(params, sharding.replicated(mesh)), np.zeros(0)
     for batch in cache.in_batches(num_rows, _ROWS_PER_DEVICE * mesh.size):
         part = sharding.to_host(encode(params, sharding.place(take(batch), placed)))
-        if not found.size:
-            found = _room(part, num_rows, scratch)
-        found[batch] = part  # the last row again and again, at the end
-    return found
+        if not result.size:
+            result = _room(part, num_rows, scratch)
+        result[batch] = part  # the last row again and again, at the end
+    return result
 
 
 def _room(part: np.ndarray, num_rows: int, scratch: pathlib.Path | None) -> np.ndarray:
-    """An empty array of rows like those of `part`."""
+    """Makes an empty array of rows like those of `part`."""
     shape = (num_rows, *part.shape[1:])
     if scratch is None or num_rows * part[0].nbytes < _IN_MEMORY:
         return np.empty(shape, part.dtype)

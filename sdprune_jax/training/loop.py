@@ -1,21 +1,23 @@
 """One training loop for every model: only the loss and the data differ."""
 
 import contextlib
+import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import orbax.checkpoint as ocp
 from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
-from sdprune_jax import NotFiniteError, UserError, config, sharding
+from sdprune_jax import NotFiniteError, UserError, sharding
 from sdprune_jax.data.order import rows_of_batch as rows_of_batch
 from sdprune_jax.models.initial import ends_a_block as ends_a_block
 from sdprune_jax.models.initial import init_params as init_params
@@ -24,8 +26,9 @@ from sdprune_jax.training import metrics_log, orbax_checkpoints, signals
 Params = Any
 Batch = Mapping[str, Any]
 Metrics = dict[str, Float[Array, ""]]
-_SIGNAL = "signal"  # in the batch, of every process; in the metrics, the highest
-_MAX_SKIPPED = 10  # in a row
+Evaluate = Callable[[Params], dict[str, float]]
+_SIGNAL = "signal"  # name of a process's signal in the batch, and of the highest in the metrics
+_MAX_SKIPPED = 10  # skipped steps in a row that end a training
 
 # (trainable, frozen, batch, key) -> (loss, metrics)
 LossFn = Callable[[Params, Params, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
@@ -37,14 +40,43 @@ class TrainState(NamedTuple):
     Attributes:
         step: optimizer steps done.
         params: what the optimizer moves.
-        ema: their exponential moving average, which is what gets used.
-        opt_state: of the optax optimizer.
+        ema: exponential moving average of the parameters, which is what gets used.
+        opt_state: what the optimizer remembers, such as moments.
     """
 
     step: Int[Array, ""]
     params: Params
     ema: Params
     opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """One training: how long, on what devices, and where.
+
+    Attributes:
+        optimizer: what moves the parameters.
+        num_steps: optimizer steps in all.
+        batch_size: examples a step, over all devices.
+        ema_decay: decay of the moving average of the parameters, in [0, 1).
+        log_every: steps between lines of the log.
+        save_every: steps between checkpoints; the last step is saved too.
+        num_evals: evaluations of the averaged parameters, the last one at the end; 0 for none.
+        seed: seed of the noise that the loss draws, and of the order of the data.
+        mesh: the devices; batches are split over all of its axes.
+        directory: a directory that this training has for itself.
+    """
+
+    optimizer: optax.GradientTransformation
+    num_steps: int
+    batch_size: int
+    ema_decay: float
+    log_every: int
+    save_every: int
+    num_evals: int
+    seed: int
+    mesh: Mesh
+    directory: pathlib.Path
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -62,7 +94,7 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up, cosine decay to zero, and gradients clipped by global norm.
 
-    Source of cycles: SGDR, ICLR 2017 (https://arxiv.org/abs/1608.03983).
+    Source: SGDR, ICLR 2017 (https://arxiv.org/abs/1608.03983), for the cycles.
     """
     length = num_steps // cycles
     schedule = optax.join_schedules(
@@ -90,7 +122,7 @@ def make_train_step(
         optimizer: the one `state.opt_state` was made with.
         mesh: batches arrive split over all of its axes.
         state_shardings: a `TrainState` with a sharding in place of every array.
-        ema_decay: of the moving average, in [0, 1); shortened at the start of the training.
+        ema_decay: decay of the moving average, in [0, 1), which is less in the first steps.
 
     Returns:
         `(state, frozen, batch, key) -> (state, metrics)`. The input state's buffers are donated,
@@ -124,139 +156,138 @@ def make_train_step(
     return train_step
 
 
-def fit_section(
-    section: config.Training,
-    loss_fn: LossFn,
-    params: Params,
-    batch_at: Callable[[int], Batch],
-    frozen: Params,
-    evaluate: Callable[[Params], dict[str, float]],
-    seed: int,
-    mesh: Mesh,
-    directory: pathlib.Path,
-) -> Params:
-    """`fit` as a section of the config says."""
-    optimizer = adamw(
-        section.learning_rate,
-        section.warmup_steps,
-        section.num_steps,
-        section.weight_decay,
-        section.clip_norm,
-        section.cycles,
-    )
-    return fit(
-        loss_fn, params, optimizer, batch_at, frozen,
-        mesh=mesh, num_steps=section.num_steps, ema_decay=section.ema_decay, seed=seed,
-        directory=directory, log_every=section.log_every, save_every=section.save_every,
-        evaluate=evaluate if section.num_evals else None,
-        eval_every=max(section.num_steps // max(section.num_evals, 1), 1),
-    )  # fmt: skip
-
-
 def fit(
+    training: TrainingSettings,
     loss_fn: LossFn,
     params: Params,
-    optimizer: optax.GradientTransformation,
     batch_at: Callable[[int], Batch],
     frozen: Params,
-    *,
-    mesh: Mesh,
-    num_steps: int,
-    ema_decay: float,
-    seed: int,
-    directory: pathlib.Path,
-    log_every: int,
-    save_every: int,
-    evaluate: Callable[[Params], dict[str, float]] | None = None,
-    eval_every: int = 0,
+    evaluate: Evaluate | None = None,
 ) -> Params:
-    """Trains to `num_steps`, or resumes from the newest intact checkpoint below `directory`.
+    """Trains to the last step, or resumes from the newest intact checkpoint.
 
     Writes `metrics.jsonl` and TensorBoard events beside the checkpoints. When a process gets
     SIGTERM or Ctrl-C, all of them save the same step and exit; a second signal kills at once. A
     step whose loss or gradient is not finite is skipped and counted; 10 in a row end the training.
 
     Args:
+        training: how long, on what devices and where.
         loss_fn: `(params, frozen, batch, key) -> (loss, metrics)`.
         params: where to start.
-        optimizer: an optax optimizer.
-        batch_at: the batch of a step, the same whenever it is asked for.
+        batch_at: returns the batch of a step, the same whenever it is called.
         frozen: parameters that the loss reads and nothing moves.
-        mesh: of `sharding.make_mesh`.
-        num_steps: optimizer steps in all.
-        ema_decay: of the moving average of the parameters.
-        seed: of the noise that `loss_fn` draws.
-        directory: of this training alone.
-        log_every: steps between log lines.
-        save_every: steps between checkpoints; the last step is saved too.
-        evaluate: figures of the averaged parameters, logged every `eval_every` steps.
-        eval_every: steps; 0 evaluates at the end only.
+        evaluate: returns figures of the averaged parameters, which are logged.
 
     Returns:
         The moving average of the parameters.
 
     Raises:
-        FloatingPointError: if so many steps were skipped; nothing of them is in any checkpoint.
+        NotFiniteError: if so many steps were skipped; nothing of them is in any checkpoint.
         SystemExit: after a signal, with status 128 + its number: 143 for SIGTERM.
-        ValueError: if there are checkpoints, but all are damaged, of another training, or of a
+        UserError: if there are checkpoints, but all are damaged, of another training, or of a
             later step; or there is no room for them.
     """
-    key, name = jax.random.key(seed), directory.name
-    checkpoints = directory.absolute() / "checkpoints"
-    abstract = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    mesh, key = training.mesh, jax.random.key(training.seed)
+    abstract = jax.eval_shape(lambda p: init_state(p, training.optimizer), params)
     shardings = sharding.fsdp_shardings(abstract, mesh)
-    step_fn = make_train_step(_pass_signal(loss_fn), optimizer, mesh, shardings, ema_decay)
-    with contextlib.ExitStack() as stack:
-        caught = stack.enter_context(signals.noted())
-        like = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-        )
-        start, state = orbax_checkpoints.restore(checkpoints, like) or (0, None)
-        if start > num_steps:
-            raise UserError(
-                f"{directory} has trained to step {start}, past num_steps, {num_steps}: ask for"
-                " more, or choose another workdir"
-            )
-        if state is None:
-            state = sharding.place(init_state(params, optimizer), shardings)
-        if start < num_steps:
-            orbax_checkpoints.check_space(checkpoints, abstract)
-        manager = stack.enter_context(orbax_checkpoints.open_manager(checkpoints))
-        log = stack.enter_context(contextlib.closing(metrics_log.Log(directory, start)))
-        recent = metrics_log.Recent()
-        arrived: list[Any] = [0]  # signals, by step
-        bar = stack.enter_context(
-            tqdm(total=num_steps, initial=start, desc=name, disable=not sys.stderr.isatty())
-        )
-        for step in range(start, num_steps):
-            batch = sharding.place(batch_at(step), sharding.batch_sharding(mesh))
-            batch = {**batch, _SIGNAL: sharding.of_processes(caught(), mesh)}
-            state, metrics = step_fn(state, frozen, batch, key)
-            arrived.append(metrics.pop(_SIGNAL))
-            recent.add(step + 1, metrics)
-            bar.update()
-            done, last = step + 1, step + 1 == num_steps
-            number = int(arrived.pop(0))  # of the step before: not to wait for this one
-            logs, saves = done % log_every == 0 or last, done % save_every == 0 or last or number
-            if logs or saves:
-                skipped, bad = recent.fetch()
-                if skipped >= min(_MAX_SKIPPED, num_steps):
-                    raise NotFiniteError(
-                        f"{name}: {', '.join(bad)} not finite in {skipped} steps in a row before"
-                        f" step {done}; lower the learning rate, then run again with --force: it"
-                        f" resumes from the checkpoint of step {manager.latest_step() or 0}"
-                    )
-            if logs:
-                log.write(done, num_steps, recent.means())
-            if evaluate and not number and ((eval_every and done % eval_every == 0) or last):
-                log.write(done, num_steps, evaluate(state.ema))
-            if saves:
-                orbax_checkpoints.save(manager, done, state)
-            if number and not last:
-                manager.wait_until_finished()
-                logging.warning("%s: saved step %d and stops: signal %d", name, done, number)
-                raise SystemExit(128 + number)
+    step_fn = make_train_step(
+        _pass_signal(loss_fn), training.optimizer, mesh, shardings, training.ema_decay
+    )
+    with signals.noted() as noted:
+        start, state = _restore_or_init(training, params, abstract, shardings)
+        with _open_outputs(training, start) as outputs:
+            signal_before = 0
+            for step in range(start, training.num_steps):
+                batch = sharding.place(batch_at(step), sharding.batch_sharding(mesh))
+                batch = {**batch, _SIGNAL: sharding.of_processes(noted(), mesh)}
+                state, metrics = step_fn(state, frozen, batch, key)
+                # Read after the next step has begun, so that the devices need not wait.
+                signal, signal_before = int(signal_before), metrics.pop(_SIGNAL)
+                outputs.recent.add(step + 1, metrics)
+                outputs.bar.update()
+                _finish_step(training, outputs, step + 1, state, signal, evaluate)
     return state.ema
+
+
+def _restore_or_init(
+    training: TrainingSettings, params: Params, abstract: TrainState, shardings: TrainState
+) -> tuple[int, TrainState]:
+    """Returns the steps that are done, and the state after them."""
+    directory, num_steps = training.directory, training.num_steps
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    like = jax.tree.map(place, abstract, shardings)
+    start, state = orbax_checkpoints.restore(_checkpoints(directory), like) or (0, None)
+    if start > num_steps:
+        raise UserError(
+            f"{directory} has trained to step {start}, past num_steps, {num_steps}: ask for"
+            " more, or choose another workdir"
+        )
+    if state is None:
+        state = sharding.place(init_state(params, training.optimizer), shardings)
+    if start < num_steps:
+        orbax_checkpoints.check_space(_checkpoints(directory), abstract)
+    return start, state
+
+
+class _Outputs(NamedTuple):
+    """What a training writes to."""
+
+    manager: ocp.CheckpointManager
+    log: metrics_log.Log
+    recent: metrics_log.Recent
+    bar: tqdm
+
+
+@contextlib.contextmanager
+def _open_outputs(training: TrainingSettings, start: int) -> Iterator[_Outputs]:
+    directory, shows = training.directory, sys.stderr.isatty()
+    with (
+        orbax_checkpoints.open_manager(_checkpoints(directory)) as manager,
+        contextlib.closing(metrics_log.Log(directory, start)) as log,
+        tqdm(
+            total=training.num_steps, initial=start, desc=directory.name, disable=not shows
+        ) as bar,
+    ):
+        yield _Outputs(manager, log, metrics_log.Recent(), bar)
+
+
+def _finish_step(
+    training: TrainingSettings,
+    outputs: _Outputs,
+    done: int,
+    state: TrainState,
+    signal: int,
+    evaluate: Evaluate | None,
+) -> None:
+    """Logs, evaluates and saves where it is time to, and stops after a signal."""
+    manager, name, num_steps = outputs.manager, training.directory.name, training.num_steps
+    is_last = done == num_steps
+    logs = done % training.log_every == 0 or is_last
+    saves = done % training.save_every == 0 or is_last or signal
+    eval_every = max(num_steps // max(training.num_evals, 1), 1)
+    evaluates = training.num_evals and (done % eval_every == 0 or is_last) and not signal
+    if logs or saves:
+        skipped, bad = outputs.recent.fetch()
+        if skipped >= min(_MAX_SKIPPED, num_steps):
+            raise NotFiniteError(
+                f"{name}: {', '.join(bad)} not finite in {skipped} steps in a row before"
+                f" step {done}; lower the learning rate, then run again with --force: it"
+                f" resumes from the checkpoint of step {manager.latest_step() or 0}"
+            )
+    if logs:
+        outputs.log.write(done, num_steps, outputs.recent.means())
+    if evaluate and evaluates:
+        outputs.log.write(done, num_steps, evaluate(state.ema))
+    if saves:
+        orbax_checkpoints.save(manager, done, state)
+    if signal and not is_last:
+        manager.wait_until_finished()
+        logging.warning("%s: saved step %d and stops: signal %d", name, done, signal)
+        raise SystemExit(128 + signal)
+
+
+def _checkpoints(directory: pathlib.Path) -> pathlib.Path:
+    return directory.absolute() / "checkpoints"
 
 
 def _pass_signal(loss_fn: LossFn) -> LossFn:

@@ -13,7 +13,7 @@ import tensorboardX
 from absl import logging
 from tqdm import tqdm
 
-SKIPPED = "skipped"  # in the metrics of a step: whether it was; in the log: how many were
+SKIPPED = "skipped"  # metric: whether a step was skipped; figure of the log: how many were
 
 
 class Log:
@@ -51,7 +51,7 @@ class Log:
 
 
 class Recent:
-    """Metrics of the steps since the last line of the log, on the device until asked for."""
+    """Metrics of the steps since the last line of the log, on the device until fetched."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[int, Mapping[str, Any]]] = []
@@ -65,7 +65,8 @@ class Recent:
         """Waits for the steps.
 
         Returns:
-            The most steps in a row that were skipped, and what was not finite in the last of them.
+            The largest number of steps in a row that were skipped, and the names of the metrics
+            that were not finite in the last of them.
         """
         most, bad = 0, []
         for step, metrics in jax.device_get(self._pending):
@@ -81,7 +82,7 @@ class Recent:
         return most, bad
 
     def means(self) -> dict[str, float]:
-        """Of the steps that were not skipped; `skipped` is how many were, if any."""
+        """Averages the steps that were not skipped; `skipped` says how many were, if any."""
         kept = [metrics for metrics in self._fetched if not metrics[SKIPPED]]
         skipped = len(self._fetched) - len(kept)
         self._fetched = []

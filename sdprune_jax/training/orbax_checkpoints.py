@@ -29,7 +29,7 @@ _NUM_KEPT = 2
 
 
 def open_manager(directory: pathlib.Path) -> ocp.CheckpointManager:
-    """Keeps the newest two steps below `directory`; to be closed, which waits for the last.
+    """Opens a manager that keeps the newest two steps; closing it waits for the last save.
 
     What a save that was killed has left there is removed.
     """
@@ -41,11 +41,11 @@ def check_space(directory: pathlib.Path, state: Any) -> None:
     """Refuses a disk that the checkpoints of a training do not fit on.
 
     Args:
-        directory: of the checkpoints; it may have some, or not be there yet.
+        directory: where checkpoints go; it may have some, or not be there yet.
         state: what will be saved, or its shapes.
 
     Raises:
-        ValueError: saying what is needed, and what is free.
+        UserError: saying what is needed, and what is free.
     """
     size = sum(tensors.num_bytes(leaf) for leaf in jax.tree.leaves(state))
     count = _NUM_KEPT + 1  # the oldest goes when the newest is whole
@@ -62,7 +62,7 @@ def check_space(directory: pathlib.Path, state: Any) -> None:
 def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
     """Copies `state` and its checksums, and writes them while the training goes on.
 
-    Every process calls it. The checksums are of what the devices hold, before any copy of it.
+    Every process calls it. Checksums are taken on the devices, before anything is copied.
     """
     sums = checksums(state)
     items = {_STATE: ocp.args.StandardSave(state), _CHECKSUMS: ocp.args.JsonSave(sums)}
@@ -70,17 +70,17 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
 
 
 def restore(directory: pathlib.Path, like: Any) -> tuple[int, Any] | None:
-    """The newest step that is intact, and its state; None if there is no step.
+    """Returns the newest step that is intact, and its state; None if there is no step.
 
     Steps that are damaged are named in a warning and moved to `damaged` beside `directory`. Every
     process calls it, before a manager of the directory is open.
 
     Args:
-        directory: of the checkpoints.
-        like: a tree of `jax.ShapeDtypeStruct`s with shardings, of any mesh.
+        directory: where the checkpoints are.
+        like: a tree of `jax.ShapeDtypeStruct`s with shardings, on any mesh.
 
     Raises:
-        ValueError: if there are steps, but none is intact; they stay where they are.
+        UserError: if there are steps, but none is intact; they stay where they are.
     """
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     problems: dict[int, str] = {}
@@ -92,16 +92,16 @@ def restore(directory: pathlib.Path, like: Any) -> tuple[int, Any] | None:
         problems[step] = problem
         logging.warning("checkpoint %s is skipped: %s", directory / str(step), problem)
     if problems:
-        told = [f"step {step}: {problem}" for step, problem in problems.items()]
+        lines = [f"step {step}: {problem}" for step, problem in problems.items()]
         raise UserError(
-            f"no checkpoint in {directory} can be restored:\n  {tensors.listing(told)}\n"
+            f"no checkpoint in {directory} can be restored:\n  {tensors.listing(lines)}\n"
             "  if the config has changed, choose another workdir; to start anew, delete them"
         )
     return None
 
 
 def checksums(state: Any) -> dict[str, int]:
-    """A number of 32 bits for every leaf, the same on every mesh, by its path.
+    """Returns a number of 32 bits for every leaf, by its path: the same on every mesh.
 
     One changed word of a leaf always changes it; any other change does with a chance of 1 - 2^-32.
     """
@@ -125,11 +125,11 @@ def _checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
 
 
 def _read(path: pathlib.Path, like: Any) -> tuple[Any, str]:
-    """The state of one step, and what is wrong with it: the same answer on every process."""
+    """Reads the state of one step, and says what is wrong with it; all processes say the same."""
     state, expected, problem = None, {}, ""
     try:
         # Not by the manager: its processes wait for each other, for minutes if one has failed.
-        handler: Any = ocp.StandardCheckpointHandler()  # which takes paths of pathlib too
+        handler: Any = ocp.StandardCheckpointHandler()  # its types do not name pathlib's paths
         _check_shapes(handler.metadata(path / _STATE), like)
         state = handler.restore(path / _STATE, args=ocp.args.StandardRestore(like))
         expected = tensors.read_json(path / _CHECKSUMS / "metadata")
@@ -145,12 +145,12 @@ def _read(path: pathlib.Path, like: Any) -> tuple[Any, str]:
 
 
 def _check_shapes(saved: Any, like: Any) -> None:
-    """Before anything is read: a read that fails leaves the readers of other leaves behind."""
-    found, wanted = _shapes(saved), _shapes(like)
+    """Compares shapes before anything is read: a read that fails leaves other readers behind."""
+    there, wanted = _shapes(saved), _shapes(like)
     wrong = [
-        f"{name} is {found.get(name, 'absent')}, not {wanted.get(name, 'known')}"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
+        f"{name} is {there.get(name, 'absent')}, not {wanted.get(name, 'known')}"
+        for name in sorted(there.keys() | wanted.keys())
+        if there.get(name) != wanted.get(name)
     ]
     if wrong:
         raise UserError(f"of another configuration: {tensors.listing(wrong)}")
@@ -165,8 +165,8 @@ def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _differences(state: Any, expected: Mapping[str, int]) -> str:
-    found = checksums(state)
-    wrong = [name for name in sorted(found) if found[name] != expected.get(name)]
+    sums = checksums(state)
+    wrong = [name for name in sorted(sums) if sums[name] != expected.get(name)]
     return f"not as it was saved: {tensors.listing(wrong)}" if wrong else ""
 
 

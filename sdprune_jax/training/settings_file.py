@@ -11,7 +11,7 @@ from absl import logging
 from sdprune_jax import UserError, sharding
 from sdprune_jax.files import tensors
 
-# What may change while a training goes on: its end, what it tells, and how it uses memory.
+# What may change while a training goes on: when it ends, what it logs, and how it uses memory.
 _MAY_CHANGE = ("num_steps", "cycles", "log_every", "save_every", "num_evals", "remat")
 _FILE = "settings.json"
 
@@ -27,26 +27,26 @@ def keep(directory: pathlib.Path, settings: Mapping[str, Any], force: bool) -> b
         force: goes on with settings that differ; the file then lists every such change.
 
     Returns:
-        Whether they are begun: one of them has a checkpoint.
+        Whether one of them has a checkpoint.
 
     Raises:
-        ValueError: listing what has changed and may not.
+        UserError: listing what has changed and may not.
     """
     file = directory / _FILE
     now = dict(_flat(json.loads(json.dumps(settings))))
     begun = any(path.name.isdigit() for path in directory.glob("**/checkpoints/*"))
-    found = tensors.read_json(file) if begun and file.exists() else {}
-    sharding.wait_for_all(file.name)  # it is read
-    before, forced = found.get("settings", {}), found.get("forced", [])
+    values = tensors.read_json(file) if begun and file.exists() else {}
+    sharding.wait_for_all(file.name)  # all have read it
+    before, forced = values.get("settings", {}), values.get("forced", [])
     changes = [
         f"{key} was {before[key]}, is {now[key]}"
         for key in sorted(before.keys() & now.keys())
         if before[key] != now[key] and key.rpartition(".")[2] not in _MAY_CHANGE
     ]
     if sharding.of_first(lambda: bool(changes)) and not force:
-        told = tensors.listing(changes or ["see what the first process says"])
+        lines = tensors.listing(changes or ["see what the first process says"])
         raise UserError(
-            f"{directory} was begun with other settings:\n  {told}\n  put them back, or choose"
+            f"{directory} was begun with other settings:\n  {lines}\n  put them back, or choose"
             " another workdir; to start anew, delete it; to train on from what is there with the"
             " new ones, say --force"
         )

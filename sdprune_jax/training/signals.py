@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-_NOTED = (signal.SIGTERM, signal.SIGINT)  # of a scheduler that wants the machine back; of a user
+# A scheduler that wants the machine back sends the first, a user's Ctrl-C the second.
+_NOTED = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager

@@ -50,12 +50,12 @@ def run() -> None:
     }
     for name, (module, tree, inputs) in cases.items():
         batch = len(inputs[0])
-        own = _compiled(module, tree, inputs)
+        own = _compile(module, tree, inputs)
         with mock.patch("jax.lax.platform_dependent", _default):
-            other = _compiled(module, tree, inputs)
+            plain_forms = _compile(module, tree, inputs)
         for kind, compiled in own.items():
             seconds = _seconds(partial(compiled, tree, *inputs))
-            plain = _seconds(partial(other[kind], tree, *inputs))
+            plain = _seconds(partial(plain_forms[kind], tree, *inputs))
             cost = compiled.cost_analysis() or {}
             rate = cost.get("flops", float("nan")) / seconds / 1e9
             moved = cost.get("bytes accessed", float("nan")) / seconds / 1e9
@@ -66,7 +66,7 @@ def run() -> None:
             )
 
 
-def _compiled(module: Any, tree: Any, inputs: Sequence[Any]) -> dict[str, Any]:
+def _compile(module: Any, tree: Any, inputs: Sequence[Any]) -> dict[str, Any]:
     def loss(tree, *inputs):
         outputs = jax.tree.leaves(module.apply({"params": tree}, *inputs))
         return sum(jnp.mean(x**2) for x in outputs)
@@ -76,12 +76,13 @@ def _compiled(module: Any, tree: Any, inputs: Sequence[Any]) -> dict[str, Any]:
 
 
 def _default(*args: Any, default: Callable[..., Any], **others: Any) -> Any:
-    """The form of `jax.lax.platform_dependent` for platforms that have none of their own."""
+    """Takes the form that `jax.lax.platform_dependent` has for other platforms."""
     del others
     return default(*args)
 
 
 def _machine() -> tuple[float, float]:
+    """Measures GFLOP/s of a large matrix product, and GB/s that a copy reads and writes."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2048, 2048)), jnp.float32)
     product = jax.jit(lambda x: x @ x)
     peak = 2 * 2048**3 / _seconds(lambda: product(x)) / 1e9
@@ -91,7 +92,7 @@ def _machine() -> tuple[float, float]:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The fastest of five, after one that is not counted."""
+    """Times the fastest of five calls, after one that is not counted."""
     taken = []
     for _ in range(6):
         start = time.perf_counter()
