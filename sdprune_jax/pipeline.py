@@ -247,9 +247,8 @@ def generate(
         guidance_scale: 1 is the prompt alone.
         negative_prompt: what guidance leads away from.
         sampler: one of `samplers.SAMPLERS`; None is what the model's scheduler says.
-        height: height of the pictures in pixels; None is the model's own.
-        width: width of the pictures in pixels; None is the model's own.
-        batch_size: pictures at once, over all devices; rounded up to a multiple of them.
+        height, width: size of the pictures in pixels; None is the model's own.
+        batch_size: pictures at once, rounded up to a multiple of the devices.
         dtype: dtype of the computation.
         mesh: devices to use; None is all of them.
 
@@ -262,10 +261,7 @@ def generate(
     own = model.config.unet.sample_size * downscale
     size = (height or own, width or own)
     if any(pixels < 1 or pixels % downscale for pixels in size):
-        raise UserError(
-            f"pictures of {size[0]} x {size[1]} pixels cannot be drawn: give multiples of"
-            f" {downscale}"
-        )
+        raise UserError(f"cannot draw {size[0]} x {size[1]} pixels: give multiples of {downscale}")
     how = {"sampler": sampler, "num_steps": num_steps, "guided": guidance_scale > 1}
     sample = make_sample(model.config, mesh, dtype=dtype, **how)
     params = _placed(model, mesh)

@@ -37,7 +37,7 @@ def complete(
         model: as loaded into `params`.
         prompts: one an image.
         index: places of the prompts that this model draws; None draws all.
-        **settings: of `pipeline.render`.
+        **settings: size, seed and guidance, as `pipeline.render` takes them.
 
     Raises:
         FloatingPointError: if an image is not finite.

@@ -31,9 +31,6 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     Returns:
         `workdir/assign`: `assign.json`, with shares, balance and budget; `architectures.npy`,
         which of all gates each expert keeps; and `experts_<split>.npy`, of every prompt.
-
-    Raises:
-        UserError: if the run has no finished router, or not the gates that `final_codes` asks for.
     """
     section, work, model = run.assign, pathlib.Path(run.workdir), inputs.open_model(run)
     assert section is not None

@@ -33,9 +33,6 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     Beside a figure stand the number of its images and, where there is one, its interval. What means
     are of, image by image, is in `evaluate/values.npz`, as arrays `model/figure`: prompts and noise
     are the same for all models of all runs of a protocol, so these can be compared in pairs.
-
-    Raises:
-        ValueError: naming what the protocol needs that is not there.
     """
     section, work = run.evaluate, pathlib.Path(run.workdir)
     assert section is not None
@@ -68,13 +65,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     figures = measuring.measure(
         measurement, mesh, protocol, loaded, folders, asked, output.directory / "cache"
     )
-    for name in folders.keys() - {"dense"}:
-        pair = (folders[name], folders["dense"], len(asked.prompts))
-        figures[name] |= scores.to_dense(*pair, section.num_resamples)
-        if perceptual:
-            figures[name] |= scores.lpips_to_dense(
-                *pair, perceptual, mesh, num_resamples=section.num_resamples
-            )
+    _add_distances(figures, folders, len(asked.prompts), perceptual, mesh, section.num_resamples)
     of_each: dict[str, Any] = {
         f"{name}/{key}": x
         for name, of_model in figures.items()
@@ -94,6 +85,24 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         if jax.process_index() == 0:
             np.savez(partial.directory / VALUES, **of_each)
     return output.record
+
+
+def _add_distances(
+    figures: dict[str, scores.Figures],
+    folders: Mapping[str, pathlib.Path],
+    num_images: int,
+    perceptual: networks.Network | None,
+    mesh: Mesh,
+    num_resamples: int,
+) -> None:
+    """Adds how far the images of each model are from the dense model's."""
+    for name in folders.keys() - {"dense"}:
+        pair = (folders[name], folders["dense"], num_images)
+        figures[name] |= scores.to_dense(*pair, num_resamples)
+        if perceptual:
+            figures[name] |= scores.lpips_to_dense(
+                *pair, perceptual, mesh, num_resamples=num_resamples
+            )
 
 
 def _protocol(

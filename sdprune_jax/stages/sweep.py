@@ -38,11 +38,8 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """Writes `workdir/sweep.json`: the dense model, every point, every cliff.
 
     The first pictures of each stay in `workdir/sweep`.
-
-    Raises:
-        ValueError: naming every point that cannot be pruned as it says, and what else is missing.
     """
-    section, work = run.sweep, pathlib.Path(run.workdir)
+    section = run.sweep
     assert section is not None
     model = model_directory.open_model(model_directory.directory_of(run.model))
     protocol = _protocol(section)
@@ -57,7 +54,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     )
     made_from = _inputs(run, model, protocol, measurement, asked)
     values = _values(run, protocol, asked, edge)
-    table = _begun(artefacts.output_of("sweep", work), made_from, values, section.num_kept)
+    table = _begun(artefacts.output_of("sweep", run.workdir), made_from, values, section.num_kept)
     all_points = points_of(section)
 
     def calibration(component: str, seed: int) -> Calibration:
