@@ -35,9 +35,9 @@ def _sharded(tree, mesh):
 
 
 def test_a_block_sends_its_weights_and_their_gradients_alone(mesh):
-    shape = {"level": 1, "has_attention": True, "num_resnets": 1, "downsample": False}
-    computes = {"dtype": jnp.bfloat16, "remat": False, "gate_position": "post_norm"}
-    block = unet.DownBlock(unet.UNetConfig(), **shape, **computes)
+    compute = unet.Compute(jnp.bfloat16, remat=False, gate_position="post_norm")
+    kind = {"level": 1, "has_attention": True, "num_resnets": 1, "downsample": False}
+    block = unet.DownBlock(unet.UNetConfig(), compute=compute, **kind)
     split = sharding.batch_sharding(mesh)
     inputs = [
         _Shape(shape, jnp.float32, sharding=split)
