@@ -64,8 +64,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     if section.fit_budget != "none":
         shift, keep = _fit_budget(section, params, trained, experts["train"], costs, layout)
     kept = _kept(keep, layout, costs)
-    figures = lambda split: balance.figures(experts[split], kept, budget, labels[split])
-    splits = {split: figures(split) for split in experts}
+    splits = {s: balance.figures(experts[s], kept, budget, labels[s]) for s in experts}
     _warn(splits, kept, budget, section.fit_budget)
     arrays = {"architectures": keep, "offsets": offsets, "code_gates": np.asarray(code_gates)}
     arrays |= {f"experts_{split}": expert for split, expert in experts.items()}
