@@ -154,10 +154,10 @@ def test_each_image_is_compared_with_the_dense_models_own(tmp_path):
 def test_the_figure_is_there_if_the_weights_are(tmp_path, monkeypatch):
     work, directories = tmp_path / "run", {"dense": [None], "pruned": [None]}
     asked = task.Task(["", ""], None, None, 0, None, "")
-    said = type("Drawn", (), {"said": lambda _: {}})()
-    monkeypatch.setattr(evaluate.checkpoint, "models_of_run", lambda *_: directories)
-    monkeypatch.setattr(evaluate.checkpoint, "open_model", lambda _: _DENSE)
-    monkeypatch.setattr(evaluate.routed, "states", lambda *_: {"dense": "a", "pruned": "b"})
+    said = type("Drawn", (), {"described": lambda _: {}})()
+    monkeypatch.setattr(evaluate.expert_files, "models_of_run", lambda *_: directories)
+    monkeypatch.setattr(evaluate.model_directory, "open_model", lambda _: _DENSE)
+    monkeypatch.setattr(evaluate.routed, "states", lambda *_: {"dense": ["a"], "pruned": ["b"]})
     monkeypatch.setattr(evaluate.routed, "models", lambda *_: {"dense": said, "pruned": said})
     monkeypatch.setattr(evaluate.task, "load", lambda *_: asked)
     monkeypatch.setattr(measuring, "load_networks", lambda *_: {})
