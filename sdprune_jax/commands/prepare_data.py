@@ -6,20 +6,20 @@ sdprune prepare-data cc3m downloads/cc3m data --split validation
 """
 
 import argparse
+import importlib
 import pathlib
 import sys
 from collections.abc import Sequence
 
-from sdprune_jax.data import cc3m, coco, sources
-
-_PREPARE = {"coco": coco.prepare, "cc3m": cc3m.prepare}
+from sdprune_jax import config
+from sdprune_jax.data import sources
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dataset", choices=_PREPARE)
+    parser.add_argument("dataset", choices=config.DATASETS)
     parser.add_argument("source", type=pathlib.Path, help="directory of the official files")
     parser.add_argument("data_dir", type=pathlib.Path, help="directory of datasets")
     parser.add_argument("--split", required=True, help="such as val2014 or validation")
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     try:
-        dataset = _PREPARE[args.dataset](
+        dataset = importlib.import_module(f"sdprune_jax.data.{args.dataset}").prepare(
             args.source,
             args.data_dir,
             args.split,

@@ -9,6 +9,7 @@ from typing import Any
 
 from sdprune_jax import UserError
 from sdprune_jax.config.experts import (
+    DATASETS,
     Assign,
     Finetune,
     Materialise,
@@ -40,6 +41,7 @@ from sdprune_jax.config.pruning import (
 from sdprune_jax.config.training import Training
 
 __all__ = [
+    "DATASETS",
     "DTYPES",
     "PROTOCOLS",
     "SAMPLERS",

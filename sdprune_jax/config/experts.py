@@ -6,13 +6,16 @@ from sdprune_jax.config.fields import DTYPES, of, within
 from sdprune_jax.config.pruning import Calibration
 from sdprune_jax.config.training import Training
 
+# What `sdprune prepare-data` can write: each a module of this name in sdprune_jax/data.
+DATASETS = ("cc3m", "coco")
+
 
 @dataclasses.dataclass
 class RouterData:
     """What the router and the experts are trained on."""
 
     # cc3m, coco: Conceptual Captions, COCO 2014, as sdprune prepare-data wrote them to directory.
-    dataset: str = of("embedded", "embedded", "cc3m", "coco")
+    dataset: str = of("embedded", "embedded", *DATASETS)
     directory: str = ""
     image_size: int = within(256, 8, 8192)  # pixels; of the embedded ones, 64 always
     num_images: int = within(0, 0, 10**9)  # of each split; 0: all
@@ -56,7 +59,7 @@ class Router:
     mac_counter: str = of("exact", "exact", "paper")  # published: paper
     latent_size: int | None = within(None, 1, 1024)  # of the budget; None: of the training
     # As published, soft gates before a norm are all but invisible to the UNet, so that ResNets are
-    # cut first and transformers kept: fine-tuning mends that better (configs/README.md).
+    # cut first and transformers kept: fine-tuning mends that better (docs/results.md).
     gate_position: str = of("pre_norm", "post_norm", "pre_norm")
     forward_gates: str = of("soft", "soft", "hard")
     optimal_transport: bool = True  # balance the assignment of every batch

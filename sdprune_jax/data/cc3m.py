@@ -23,6 +23,8 @@ FILES = {  # split -> TSV, folder of pictures
     "train": ("Train_GCC-training.tsv", "training"),
     "validation": ("Validation_GCC-1.1.0-Validation.tsv", "validation"),
 }
+# The split that experts train on, and those that they are evaluated on: no test split has captions.
+TRAINED_ON = {"train": "train", "val": "validation", "test": "validation"}
 _URL = "https://ai.google.com/research/ConceptualCaptions/download"
 _NOT_PICTURES = (".json", ".txt", ".parquet", ".tsv", ".csv")  # what downloaders leave beside them
 

@@ -19,6 +19,8 @@ from sdprune_jax import UserError
 from sdprune_jax.data import cache, captioned, sources
 
 SPLITS = ("train2014", "val2014", "train2017", "val2017")
+# The split that experts train on, and those that they are evaluated on: no test split has captions.
+TRAINED_ON = {"train": "train2014", "val": "val2014", "test": "val2014"}
 _URL = "http://images.cocodataset.org"
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import importlib
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -12,14 +13,8 @@ from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
 from sdprune_jax import UserError, sharding
-from sdprune_jax.data import cache, captioned, captions, cc3m, coco, emoji
+from sdprune_jax.data import cache, captioned, captions, emoji
 from sdprune_jax.files import checksums
-
-# Names of the splits that `sdprune prepare-data` writes. Neither dataset tests with captions.
-_SPLITS: Mapping[str, Mapping[str, str]] = {
-    "cc3m": {"train": "train", "val": "validation", "test": "validation"},
-    "coco": {"train": "train2014", "val": "val2014", "test": "val2014"},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +119,7 @@ def load(source: PictureSource, split: str) -> emoji.Pairs | Stored:
             f"config.router.data.dataset is {source.dataset}: set config.router.data.directory to"
             " what sdprune prepare-data wrote"
         )
-    return _stored(source, _SPLITS[source.dataset][split])
+    return _stored(source, _module(source.dataset).TRAINED_ON[split])
 
 
 def prompts(
@@ -184,7 +179,7 @@ def square(
 
 @functools.cache  # captions are read picture by picture
 def _stored(source: PictureSource, split: str) -> Stored:
-    dataset = {"cc3m": cc3m, "coco": coco}[source.dataset].load(source.directory, split)
+    dataset = _module(source.dataset).load(source.directory, split)
     used = slice(source.num_images or None)
     records, positions = dataset.records[used], dataset.positions[used]
     dataset = dataclasses.replace(dataset, records=records, positions=positions)
@@ -192,3 +187,7 @@ def _stored(source: PictureSource, split: str) -> Stored:
     content = checksums_of(source.dataset, source.directory)
     key = cache.fingerprint(source.dataset, content, split, positions, source.image_size)
     return Stored(Images(dataset, source.image_size), texts, key)
+
+
+def _module(dataset: str) -> Any:
+    return importlib.import_module(f"sdprune_jax.data.{dataset}")
