@@ -36,21 +36,14 @@ class Noisy(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """What batches are made of; prompts of one picture are rows that follow one another.
+    """What batches are made of; prompts of one picture are rows that follow one another."""
 
-    Attributes:
-        embedding: what the router reads of every prompt.
-        states: what the UNet reads of every prompt; float16.
-        null: what the UNet reads of no text.
-        mean: mean of the latents of every picture and, with flips, of its mirror image.
-        log_variance: log of the variance of the same latents.
-    """
-
-    embedding: Float[np.ndarray, "rows n"]
-    states: Float[np.ndarray, "rows tokens d"]
-    null: Float[np.ndarray, "1 tokens d"]
+    embedding: Float[np.ndarray, "rows n"]  # what the router reads of every prompt
+    states: Float[np.ndarray, "rows tokens d"]  # what the UNet reads of every prompt; float16
+    null: Float[np.ndarray, "1 tokens d"]  # what the UNet reads of no text
+    # Mean of the latents of every picture and, with flips, of its mirror image.
     mean: Float[np.ndarray, "images flips h w c"]
-    log_variance: Float[np.ndarray, "images flips h w c"]
+    log_variance: Float[np.ndarray, "images flips h w c"]  # log of the variance of the same latents
 
     def batch(self, rows: Int[np.ndarray, " b"], seed: Sequence[int]) -> dict[str, Any]:
         """Returns the examples of some prompts, mirrored or not as `seed` draws."""
