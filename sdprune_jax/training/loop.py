@@ -18,9 +18,6 @@ from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
 from sdprune_jax import NotFiniteError, UserError, sharding
-from sdprune_jax.data.order import rows_of_batch as rows_of_batch
-from sdprune_jax.models.initial import ends_a_block as ends_a_block
-from sdprune_jax.models.initial import init_params as init_params
 from sdprune_jax.training import metrics_log, orbax_checkpoints, signals
 
 Params = Any
