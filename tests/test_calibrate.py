@@ -14,9 +14,9 @@ from sdprune_jax import pipeline, sharding, sites
 from sdprune_jax.files import convert
 from sdprune_jax.files.model_directory import ModelConfig
 from sdprune_jax.models import clip, noise_schedule, samplers, unet, vae
+from sdprune_jax.models.initial import init_params
 from sdprune_jax.scoring import calibrate, inputs
 from sdprune_jax.scoring.settings import CalibrationSettings
-from sdprune_jax.training import loop
 
 UNET = unet.UNetConfig(
     sample_size=4,
@@ -47,7 +47,7 @@ KEY = jax.random.key(3)
 def _random_params(shapes, seed):
     rng = np.random.default_rng(seed)
     noisy = lambda x: x + rng.normal(size=x.shape, scale=0.2).astype(np.float32)
-    return jax.tree.map(noisy, loop.init_params(shapes, seed))
+    return jax.tree.map(noisy, init_params(shapes, seed))
 
 
 def _prompts(num=10):

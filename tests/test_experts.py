@@ -115,7 +115,7 @@ def test_assignment_depends_on_the_prompt_alone(model, work):
     params, _ = router_training.load(work, model, MESH)
     code_gates = jnp.asarray(np.load(work / "assign" / "code_gates.npy"))
     texts = _texts("train")
-    embedding = encoded.embed("text_encoder", model, texts, MESH, None)
+    embedding = encoded.embed(encoded.Encoders(model, MESH), texts)
     order = np.random.default_rng(0).permutation(len(texts))[:29]
     offsets = np.load(work / "assign" / "offsets.npy")
     stored = np.load(work / "assign" / "experts_train.npy")

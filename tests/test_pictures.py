@@ -66,18 +66,16 @@ def test_latents_of_stored_pictures_follow_them_and_their_mirror_images(
 ):
     model, images = aptp_model.make(tmp_path / "model"), pictures.load(stored, "train")
     texts = pictures.prompts(images, "train", 0, 2).texts
-    encode = lambda images, texts, cache_dir, flips: encoded.encode(
-        model, images, texts, aptp_model.MESH, cache_dir, flips=flips
-    )
-    found = encode(images, texts, tmp_path / "cache", True)
+    encoders = lambda cache_dir: encoded.Encoders(model, aptp_model.MESH, cache_dir)
+    found = encoded.encode(encoders(tmp_path / "cache"), images, texts, flips=True)
     assert (found.mean.shape, found.states.shape[0]) == ((5, 2, 8, 8, 4), 10)
     for row, flip in ((0, 0), (3, 1)):
         image = images.images[np.array([row])][:, :, :: 1 - 2 * flip]
         alone = emoji.Pairs(image, *np.zeros((2, 1), np.int32))
-        own = encode(alone, ["a cat"], None, False)
+        own = encoded.encode(encoders(None), alone, ["a cat"])
         np.testing.assert_allclose(found.mean[row, flip], own.mean[0, 0], rtol=0, atol=1e-5)
     monkeypatch.setattr(encoded, "_IN_MEMORY", 0)  # as of a large dataset
-    on_disk = encode(images, texts, tmp_path / "other", True)
+    on_disk = encoded.encode(encoders(tmp_path / "other"), images, texts, flips=True)
     np.testing.assert_array_equal(on_disk.mean, found.mean)
     np.testing.assert_array_equal(on_disk.states, found.states)
     assert not [path for path in (tmp_path / "other").iterdir() if path.is_file()]

@@ -1,7 +1,6 @@
 """The router's training: what it moves, what it costs, and that it goes on where it stopped."""
 
 import dataclasses
-import functools
 import json
 
 import aptp_model
@@ -182,9 +181,8 @@ def test_interrupted_training_goes_on_to_the_same_bits(model, tmp_path, monkeypa
 def test_data_is_the_prompts_of_every_picture_and_computed_once(model, tmp_path, monkeypatch):
     mesh, images = sharding.make_mesh(), pictures.load(aptp_model.SOURCE, "train")
     prompts = pictures.prompts(images, "train", 0, captions_per_image=2)
-    make = functools.partial(
-        encoded.encode, model, images, prompts.texts, mesh, tmp_path, flips=True
-    )
+    encoders = encoded.Encoders(model, mesh, tmp_path)
+    make = lambda: encoded.encode(encoders, images, prompts.texts, flips=True)
     first = make()
     assert first.embedding.shape == (48, 12)
     assert first.mean.shape == (24, 2, 8, 8, 4)
@@ -218,4 +216,4 @@ def test_lowest_share_is_one_unit_a_site_and_no_block_that_can_go():
 
 def test_unknown_encoder_is_refused(model):
     with pytest.raises(ValueError, match="`text_encoder` or a directory of sentence-transformers"):
-        encoded.embed("nowhere", model, ["a cat"], sharding.make_mesh(), None)
+        encoded.embed(encoded.Encoders(model, sharding.make_mesh()), ["a cat"], "nowhere")

@@ -8,7 +8,7 @@ import numpy as np
 
 from sdprune_jax.files import convert
 from sdprune_jax.models import clip, unet, vae
-from sdprune_jax.training import loop
+from sdprune_jax.models.initial import init_params
 
 # sha256 of the lines "name shape", sorted, of the released checkpoints' tensors.
 DIGESTS = {
@@ -56,7 +56,7 @@ def _tiny():
         norm_num_groups=4,
     )
     rng = np.random.default_rng(0)
-    params = loop.init_params(unet.param_shapes(config), 0)
+    params = init_params(unet.param_shapes(config), 0)
     inputs = (
         jnp.asarray(rng.normal(size=(2, 4, 4, 4)), jnp.float32),
         jnp.array([1, 900]),

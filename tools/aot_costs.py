@@ -17,20 +17,14 @@ _Result = tuple[str, tuple[int, ...]]  # dtype, shape
 class Chip(NamedTuple):
     """What one chip can do.
 
-    Attributes:
-        memory: GiB that the compiler leaves to programs.
-        flops: bfloat16 operations a second.
-        bandwidth: bytes a second to and from the memory.
-        network: bytes a second to other chips of a slice.
-
     Source: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and
         https://www.nvidia.com/en-us/data-center/a100/, but for the memory.
     """
 
-    memory: float
-    flops: float
-    bandwidth: float
-    network: float
+    memory: float  # GiB that the compiler leaves to programs
+    flops: float  # bfloat16 operations a second
+    bandwidth: float  # bytes a second to and from the memory
+    network: float  # bytes a second to other chips of a slice
 
 
 CHIPS = {
@@ -69,17 +63,11 @@ def _num_bytes(result: _Result) -> int:
 
 
 class Work(NamedTuple):
-    """What one chip does in one call, by the compiler's count, which takes loops once.
+    """What one chip does in one call, by the compiler's count, which takes loops once."""
 
-    Attributes:
-        flops: operations.
-        moved: bytes to and from the chip's memory.
-        sent: number of collectives and bytes of their results, by kind.
-    """
-
-    flops: float
-    moved: float
-    sent: dict[str, tuple[int, int]]
+    flops: float  # operations
+    moved: float  # bytes to and from the chip's memory
+    sent: dict[str, tuple[int, int]]  # number of collectives and bytes of their results, by kind
 
     def seconds(self, chip: Chip) -> dict[str, float]:
         """Returns the least time that each takes."""

@@ -75,8 +75,8 @@ def assign(
             f"{workdir} has {len(experts)} experts of another assignment of prompts than its own:"
             " make them again, with --config.materialise=build"
         )
-    encoder, variant = trained.data.encoder, trained.variant or None
-    embeddings = encoded.embed(encoder, model, texts, mesh, None, variant)
+    encoders = encoded.Encoders(model, mesh, variant=trained.variant or None)
+    embeddings = encoded.embed(encoders, texts, trained.data.encoder)
     layout = layout_of(sites.table(model.unet))
     code_gates = jnp.asarray(np.load(output.directory / "code_gates.npy"))
     similarity = similarities(params, embeddings, layout, code_gates, record.route_noise)

@@ -21,59 +21,34 @@ from sdprune_jax.sites import macs
 
 @dataclasses.dataclass(frozen=True)
 class Purpose:
-    """What a set of experts is for.
+    """What a set of experts is for."""
 
-    Attributes:
-        data: pictures and prompts that the experts share.
-        seed: seed of the draw of these prompts.
-        variant: variant of the model's files; empty for none.
-        mac_counter: one of `macs.COUNTERS`.
-        latent_size: height and width that MACs are counted at.
-        cache: directory within the run where latents and text states are kept.
-    """
-
-    data: pictures.PictureSource
-    seed: int
-    variant: str
-    mac_counter: str
-    latent_size: tuple[int, int]
-    cache: str
+    data: pictures.PictureSource  # pictures and prompts that the experts share
+    seed: int  # seed of the draw of these prompts
+    variant: str  # variant of the model's files; empty for none
+    mac_counter: str  # one of `macs.COUNTERS`
+    latent_size: tuple[int, int]  # height and width that MACs are counted at
+    cache: str  # directory within the run where latents and text states are kept
 
 
 class Cut(NamedTuple):
-    """The UNet of one expert.
+    """The UNet of one expert."""
 
-    Attributes:
-        params: its parameters.
-        unet: its config.
-        kept: units that are left, by site of the dense UNet.
-        padded: parameters of the dense shape that compute the same; None if not wanted.
-    """
-
-    params: Any
-    unet: unet.UNetConfig
-    kept: dict[str, int]
-    padded: Any = None
+    params: Any  # its parameters
+    unet: unet.UNetConfig  # its config
+    kept: dict[str, int]  # units that are left, by site of the dense UNet
+    padded: Any = None  # parameters of the dense shape that compute the same; None if not wanted
 
 
 class Experts(NamedTuple):
-    """What a training of experts has to know.
+    """What a training of experts has to know."""
 
-    Attributes:
-        directories: one an expert, in their order.
-        data: pictures and prompts that they share.
-        seed: seed of the draw of these prompts.
-        rows: the expert of every prompt, by split.
-        cache: where latents and text states are kept.
-        identity: changes if the experts do.
-    """
-
-    directories: list[pathlib.Path]
-    data: pictures.PictureSource
-    seed: int
-    rows: dict[str, Int32[np.ndarray, " rows"]]
-    cache: pathlib.Path
-    identity: str
+    directories: list[pathlib.Path]  # one an expert, in their order
+    data: pictures.PictureSource  # pictures and prompts that they share
+    seed: int  # seed of the draw of these prompts
+    rows: dict[str, Int32[np.ndarray, " rows"]]  # the expert of every prompt, by split
+    cache: pathlib.Path  # where latents and text states are kept
+    identity: str  # changes if the experts do
 
 
 def write(

@@ -12,21 +12,14 @@ from sdprune_jax.models.layers import Gates
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The order of an architecture vector: the gates of all width sites, then the depth gates.
+    """The order of an architecture vector: the gates of all width sites, then the depth gates."""
 
-    Attributes:
-        width: the width sites.
-        units: how many gates each has.
-        depth: the depth sites, one gate each.
-        depth_of: for each width site the index in `depth` of the block it is in, or -1.
-        depth_order: indices in `depth`, from the block that stays longest to the one that goes
-            first.
-    """
-
-    width: tuple[str, ...]
-    units: tuple[int, ...]
-    depth: tuple[str, ...]
+    width: tuple[str, ...]  # the width sites
+    units: tuple[int, ...]  # how many gates each has
+    depth: tuple[str, ...]  # the depth sites, one gate each
+    # For each width site the index in `depth` of the block it is in, or -1.
     depth_of: tuple[int, ...]
+    # Indices in `depth`, from the block that stays longest to the one that goes first.
     depth_order: tuple[int, ...]
 
     @property

@@ -16,15 +16,10 @@ Directories = Mapping[str, tuple[pathlib.Path, ...]]  # by model
 
 
 class Drawn(NamedTuple):
-    """A model of a run: its directories, and which of them draws each prompt.
+    """A model of a run: its directories, and which of them draws each prompt."""
 
-    Attributes:
-        directories: a single one, or one for each expert.
-        expert: index of the directory that draws each prompt.
-    """
-
-    directories: tuple[pathlib.Path, ...]
-    expert: Int32[np.ndarray, " prompts"]
+    directories: tuple[pathlib.Path, ...]  # a single one, or one for each expert
+    expert: Int32[np.ndarray, " prompts"]  # index of the directory that draws each prompt
 
     def parts(self) -> list[tuple[pathlib.Path, list[int]]]:
         """Returns each directory that draws anything, and the indices of its prompts."""

@@ -39,21 +39,15 @@ class ArchitecturePredictor(nn.Module):
 
 
 class Routing(NamedTuple):
-    """How the prompts of a batch are routed; all gates are soft.
+    """How the prompts of a batch are routed; all gates are soft."""
 
-    Attributes:
-        gates: what the UNet takes: the gates of the prompt itself, or those of its code.
-        prompt_gates: the gates that the predictor gives each prompt.
-        code_gates: the gates of every code.
-        similarity: cosine of each prompt's gates with each code's; no gradient passes.
-        assignment: code of each prompt.
-    """
-
+    # What the UNet takes: the gates of the prompt itself, or those of its code.
     gates: Float[Array, "b d"]
-    prompt_gates: Float[Array, "b d"]
-    code_gates: Float[Array, "k d"]
+    prompt_gates: Float[Array, "b d"]  # the gates that the predictor gives each prompt
+    code_gates: Float[Array, "k d"]  # the gates of every code
+    # Cosine of each prompt's gates with each code's; no gradient passes.
     similarity: Float[Array, "b k"]
-    assignment: Int[Array, " b"]
+    assignment: Int[Array, " b"]  # code of each prompt
 
 
 def init_params(layout: Layout, embedding_dim: int, num_codes: int, seed: int) -> dict[str, Any]:

@@ -26,29 +26,17 @@ from sdprune_jax.training import distillation, encoded, loop
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """What the router is trained for.
+    """What the router is trained for."""
 
-    Attributes:
-        weights: weight of each loss by its name in `make_loss`.
-        macs_budget: share of the UNet's MACs to keep.
-        optimal_transport: balance the assignment of every batch.
-        epsilon: softness of that balance.
-        forward_gates: what the UNet multiplies by: one of `gates.FORWARD_GATES`.
-        contrastive_scale: factor of the contrastive loss.
-        resource_kind: one of `losses.RESOURCE_KINDS`.
-        min_snr_gamma: see `distillation.denoising`.
-        snr_weight: see `distillation.denoising`.
-    """
-
-    weights: Mapping[str, float]
-    macs_budget: float
-    optimal_transport: bool
-    epsilon: float
-    forward_gates: str
-    contrastive_scale: float
-    resource_kind: str
-    min_snr_gamma: float
-    snr_weight: str
+    weights: Mapping[str, float]  # weight of each loss by its name in `make_loss`
+    macs_budget: float  # share of the UNet's MACs to keep
+    optimal_transport: bool  # balance the assignment of every batch
+    epsilon: float  # softness of that balance
+    forward_gates: str  # what the UNet multiplies by: one of `gates.FORWARD_GATES`
+    contrastive_scale: float  # factor of the contrastive loss
+    resource_kind: str  # one of `losses.RESOURCE_KINDS`
+    min_snr_gamma: float  # see `distillation.denoising`
+    snr_weight: str  # see `distillation.denoising`
 
 
 def check_budget(macs_budget: float, costs: macs.SiteMacs, layout: Layout) -> None:

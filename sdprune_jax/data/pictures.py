@@ -19,25 +19,16 @@ from sdprune_jax.files import checksums
 
 @dataclasses.dataclass(frozen=True)
 class PictureSource:
-    """Which pictures and prompts the router and the experts learn from.
+    """Which pictures and prompts the router and the experts learn from."""
 
-    Attributes:
-        dataset: "embedded", "cc3m" or "coco".
-        directory: what `sdprune prepare-data` wrote; the embedded pictures need none.
-        image_size: pixels of a side; embedded pictures always have 64.
-        num_images: pictures of each split that are used, the first ones; 0 uses all.
-        captions_per_image: prompts of a training picture; those of other splits have one.
-        flips: train on mirrored pictures too.
-        encoder: what embeds prompts for the router: `text_encoder`, which is the model's own, or a
-            directory of sentence-transformers.
-    """
-
-    dataset: str = "embedded"
-    directory: str = ""
-    image_size: int = 256
-    num_images: int = 0
-    captions_per_image: int = 4
-    flips: bool = False
+    dataset: str = "embedded"  # "embedded", "cc3m" or "coco"
+    directory: str = ""  # what `sdprune prepare-data` wrote; the embedded pictures need none
+    image_size: int = 256  # pixels of a side; embedded pictures always have 64
+    num_images: int = 0  # pictures of each split that are used, the first ones; 0 uses all
+    captions_per_image: int = 4  # prompts of a training picture; those of other splits have one
+    flips: bool = False  # train on mirrored pictures too
+    # What embeds prompts for the router: `text_encoder`, the model's own, or a directory of
+    # sentence-transformers.
     encoder: str = "text_encoder"
 
     @property
@@ -47,16 +38,12 @@ class PictureSource:
 
 
 class Prompts(NamedTuple):
-    """The prompts of a split; those of one picture follow one another.
-
-    Attributes:
-        texts: the prompts.
-        concept: row of `emoji.concepts()`; None if the pictures are not the embedded ones.
-        style: row of `emoji.styles()`; None if the pictures are not the embedded ones.
-    """
+    """The prompts of a split; those of one picture follow one another."""
 
     texts: list[str]
+    # Row of `emoji.concepts()`; None if the pictures are not the embedded ones.
     concept: Int32[np.ndarray, " rows"] | None = None
+    # Row of `emoji.styles()`; None if the pictures are not the embedded ones.
     style: Int32[np.ndarray, " rows"] | None = None
 
 
@@ -88,17 +75,11 @@ class Images:
 
 
 class Stored(NamedTuple):
-    """Pictures of a dataset that is not embedded in the package.
+    """Pictures of a dataset that is not embedded in the package."""
 
-    Attributes:
-        images: the pictures, which are indexed by rows as an array is.
-        captions: the captions of every picture, in the dataset's order.
-        state: changes if the pictures do.
-    """
-
-    images: Images
-    captions: Sequence[tuple[str, ...]]
-    state: str
+    images: Images  # the pictures, which are indexed by rows as an array is
+    captions: Sequence[tuple[str, ...]]  # the captions of every picture, in the dataset's order
+    state: str  # changes if the pictures do
 
 
 @functools.cache  # every stage reads them: decoding takes seconds, and all of them 140 MB

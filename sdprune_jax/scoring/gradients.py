@@ -47,7 +47,7 @@ def of_pictures(
     rows = np.random.default_rng(seed).permutation(len(pairs.images))[: settings.num_images]
     pairs = emoji.Pairs(*(x[rows] for x in pairs))
     texts = pictures.prompts(pairs, "train", seed, captions_per_image=1).texts
-    examples = encoded.encode(model, pairs, texts, mesh, None, variant)
+    examples = encoded.encode(encoded.Encoders(model, mesh, variant=variant), pairs, texts)
     latents = examples.mean[:, 0] * np.float32(model.vae.scaling_factor)
     return sums(model, params, mesh, latents, examples.states, settings, seed)
 

@@ -17,7 +17,6 @@ from sdprune_jax.aptp import assignment, balance, expert_files, gates, router_tr
 from sdprune_jax.aptp.layout import Layout, layout_of
 from sdprune_jax.aptp.records import AssignRecord, RouterRecord, SplitRecord
 from sdprune_jax.data import emoji, pictures
-from sdprune_jax.files import model_directory
 from sdprune_jax.sites import macs
 from sdprune_jax.stages import cost_card, inputs
 from sdprune_jax.training import encoded
@@ -47,10 +46,10 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
         return output.directory
     layout = layout_of(sites.table(model.unet))
     code_gates = _code_gates(section, params, trained.seed, layout, work / "router")
-    similarity, labels = {}, {}
+    cache_dir, similarity, labels = work / "router" / "cache", {}, {}
+    encoders = encoded.Encoders(model, mesh, cache_dir, trained.variant or None)
     for split in emoji.SPLITS:
-        cache_dir = work / "router" / "cache"
-        labels[split], embeddings = _prompts(trained, model, split, cache_dir, mesh)
+        labels[split], embeddings = _prompts(trained, encoders, split)
         similarity[split] = assignment.similarities(
             params, embeddings, layout, code_gates, section.route_noise
         )
@@ -85,18 +84,12 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
 
 
 def _prompts(
-    trained: RouterRecord,
-    model: model_directory.ModelConfig,
-    split: str,
-    cache_dir: pathlib.Path,
-    mesh: Mesh,
+    trained: RouterRecord, encoders: encoded.Encoders, split: str
 ) -> tuple[dict[str, Int[np.ndarray, " _rows"]], Float[np.ndarray, "rows n"]]:
     """Returns the labels of the prompts of the router's pictures, and what it reads of them."""
-    source, variant = trained.data, trained.variant or None
-    images = pictures.load(source, split)
-    prompts = pictures.prompts(images, split, trained.seed, source.captions_per_image)
-    embeddings = encoded.embed(source.encoder, model, prompts.texts, mesh, cache_dir, variant)
-    return _labels(prompts), embeddings
+    images, count = pictures.load(trained.data, split), trained.data.captions_per_image
+    prompts = pictures.prompts(images, split, trained.seed, count)
+    return _labels(prompts), encoded.embed(encoders, prompts.texts, trained.data.encoder)
 
 
 def _fit_budget(

@@ -68,10 +68,9 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     settings_file.keep(trainings, settings, run.force)
 
     variant = run.variant or None
+    encoders = encoded.Encoders(model, mesh, experts.cache, variant)
     examples = {
-        split: encoded.encode_split(
-            experts.data, model, split, experts.seed, mesh, experts.cache, variant
-        )
+        split: encoded.encode_split(encoders, experts.data, split, experts.seed)
         for split in ("train", "val")
     }
     frozen = {

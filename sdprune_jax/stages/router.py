@@ -36,7 +36,7 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     """
     section, output = run.router, artefacts.output_of("router", run.workdir)
     assert section is not None
-    model, variant = inputs.open_model(run), run.variant or None
+    model = inputs.open_model(run)
     settings = dataclasses.asdict(section) | {
         "seed": run.seed,
         "dtype": run.dtype,
@@ -47,10 +47,9 @@ def run(run: config.Run, mesh: Mesh) -> pathlib.Path:
     if artefacts.is_complete(output, settings):
         return output.directory
     layout, source = layout_of(sites.table(model.unet)), inputs.picture_source(section.data)
-    cache_dir = output.directory / "cache"
+    encoders = encoded.Encoders(model, mesh, output.directory / "cache", run.variant or None)
     examples = {
-        split: encoded.encode_split(source, model, split, run.seed, mesh, cache_dir, variant)
-        for split in ("train", "val")
+        split: encoded.encode_split(encoders, source, split, run.seed) for split in ("train", "val")
     }
     settings_file.keep(output.directory / "training", settings, run.force)
     latent_size, costs = budget(section, model)

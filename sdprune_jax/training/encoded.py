@@ -3,6 +3,7 @@
 All of it is computed once, on all devices, and kept under a key of what it was made from.
 """
 
+import dataclasses
 import functools
 import pathlib
 import tempfile
@@ -36,21 +37,14 @@ class Noisy(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """What batches are made of; prompts of one picture are rows that follow one another.
+    """What batches are made of; prompts of one picture are rows that follow one another."""
 
-    Attributes:
-        embedding: what the router reads of every prompt.
-        states: what the UNet reads of every prompt; float16.
-        null: what the UNet reads of no text.
-        mean: mean of the latents of every picture and, with flips, of its mirror image.
-        log_variance: log of the variance of the same latents.
-    """
-
-    embedding: Float[np.ndarray, "rows n"]
-    states: Float[np.ndarray, "rows tokens d"]
-    null: Float[np.ndarray, "1 tokens d"]
+    embedding: Float[np.ndarray, "rows n"]  # what the router reads of every prompt
+    states: Float[np.ndarray, "rows tokens d"]  # what the UNet reads of every prompt; float16
+    null: Float[np.ndarray, "1 tokens d"]  # what the UNet reads of no text
+    # Mean of the latents of every picture and, with flips, of its mirror image.
     mean: Float[np.ndarray, "images flips h w c"]
-    log_variance: Float[np.ndarray, "images flips h w c"]
+    log_variance: Float[np.ndarray, "images flips h w c"]  # log of the variance of the same latents
 
     def batch(self, rows: Int[np.ndarray, " b"], seed: Sequence[int]) -> dict[str, Any]:
         """Returns the examples of some prompts, mirrored or not as `seed` draws."""
@@ -64,46 +58,59 @@ class Examples(NamedTuple):
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+    """The encoders of a model, the devices that share the work, and where results are kept."""
+
+    model: model_directory.ModelConfig
+    mesh: Mesh
+    cache_dir: pathlib.Path | None = None  # None keeps nothing
+    variant: str | None = None  # variant of the model's files
+
+    def load(self, component: str) -> loop.Params:
+        return model_directory.load(self.model, component, dtype=np.float32, variant=self.variant)
+
+    def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "rows tokens"]:
+        own = tokenizer.load(self.model.directory / "tokenizer")
+        return tokenizer.encode(own, texts, self.model.text_encoder.max_position_embeddings)
+
+    def cached(self, name: str, inputs: Any, compute: Callable[[], cache.Arrays]) -> cache.Arrays:
+        if self.cache_dir is None:
+            return compute()
+        return cache.cached(self.cache_dir, name, cache.fingerprint(*inputs()), compute)
+
+
 def embed(
-    encoder: str,
-    model: model_directory.ModelConfig,
-    texts: Sequence[str],
-    mesh: Mesh,
-    cache_dir: pathlib.Path | None,
-    variant: str | None = None,
+    encoders: Encoders, texts: Sequence[str], encoder: str = "text_encoder"
 ) -> Float[np.ndarray, "rows n"]:
     """Returns what the router reads of prompts.
 
     Args:
-        encoder: `text_encoder`, or a directory of sentence-transformers.
-        model: the model whose text encoder that may be.
+        encoders: the model, devices and cache.
         texts: the prompts.
-        mesh: the devices that share the work.
-        cache_dir: where the embeddings are kept; None keeps nothing.
-        variant: variant of the model's files.
+        encoder: `text_encoder`, which is the model's own, or a directory of sentence-transformers.
 
     Raises:
         UserError: if the encoder is neither.
     """
-    config = encoder_config(encoder, model)
-    is_own = isinstance(config, clip.TextConfig)
-    directory = model.directory / "text_encoder" if is_own else pathlib.Path(encoder)
+    config = encoder_config(encoder, encoders.model)
+    directory = pathlib.Path(encoder)
+    if isinstance(config, clip.TextConfig):
+        directory = encoders.model.directory / "text_encoder"
 
     def compute() -> cache.Arrays:
         if isinstance(config, clip.TextConfig):
-            params = model_directory.load(model, "text_encoder", dtype=np.float32, variant=variant)
-            apply, rows = functools.partial(_pooled_text, config), _ids(model, texts)
+            params, rows = encoders.load("text_encoder"), encoders.tokenize(texts)
+            apply = functools.partial(_pooled_text, config)
         else:
             shapes = sentence.param_shapes(config)
             params = model_directory.load_params(directory, shapes, dtype=np.float32)
-            apply = functools.partial(_pooled_sentence, config)
             rows = _ids_and_masks(directory, texts, config.max_tokens)
-        return {"embedding": _encode(apply, params, rows.__getitem__, len(rows), mesh, cache_dir)}
+            apply = functools.partial(_pooled_sentence, config)
+        return {"embedding": _apply(apply, params, rows.__getitem__, len(rows), encoders)}
 
-    if cache_dir is None:
-        return compute()["embedding"]
-    key = cache.fingerprint(cache.directory_state(directory), list(texts))
-    return cache.cached(cache_dir, "embeddings", key, compute)["embedding"]
+    inputs = lambda: (cache.directory_state(directory), list(texts))
+    return encoders.cached("embeddings", inputs, compute)["embedding"]
 
 
 def encoder_config(
@@ -126,25 +133,18 @@ def encoder_config(
 
 
 def encode(
-    model: model_directory.ModelConfig,
+    encoders: Encoders,
     images: emoji.Pairs | pictures.Stored,
     texts: Sequence[str],
-    mesh: Mesh,
-    cache_dir: pathlib.Path | None,
-    variant: str | None = None,
-    *,
     encoder: str = "text_encoder",
     flips: bool = False,
 ) -> Examples:
     """Computes all that a training needs of pictures and their prompts.
 
     Args:
-        model: the model whose text encoder and autoencoder are used.
+        encoders: the model, devices and cache.
         images: the pictures.
         texts: the prompts, equally many of each picture.
-        mesh: the devices that share the work.
-        cache_dir: where everything is kept; None keeps nothing.
-        variant: variant of the model's files.
         encoder: what embeds prompts for the router; see `embed`.
         flips: encode the mirror image of each picture too.
 
@@ -153,48 +153,37 @@ def encode(
     """
     if not len(images.images):
         raise UserError("there is no picture to train on: give a larger num_images")
-    num_flips = 1 + flips
+    model, num_flips = encoders.model, 1 + flips
 
     def latents() -> cache.Arrays:
-        params = model_directory.load(model, "vae", dtype=np.float32, variant=variant)
         take = functools.partial(_mirrored, images.images, num_flips)
-        apply = functools.partial(_moments, model.vae)
-        moments = _encode(apply, params, take, num_flips * len(images.images), mesh, cache_dir)
+        apply, num_rows = functools.partial(_moments, model.vae), num_flips * len(images.images)
+        moments = _apply(apply, encoders.load("vae"), take, num_rows, encoders)
         moments = moments.reshape(-1, num_flips, *moments.shape[1:])
         mean, log_variance = np.split(moments, 2, axis=-1)
         return {"mean": mean, "log_variance": log_variance}
 
     def states() -> cache.Arrays:
-        params = model_directory.load(model, "text_encoder", dtype=np.float32, variant=variant)
-        apply, ids = functools.partial(_states, model.text_encoder), _ids(model, [*texts, ""])
-        rows = _encode(apply, params, ids.__getitem__, len(ids), mesh, cache_dir)
+        params, ids = encoders.load("text_encoder"), encoders.tokenize([*texts, ""])
+        apply = functools.partial(_states, model.text_encoder)
+        rows = _apply(apply, params, ids.__getitem__, len(ids), encoders)
         return {"states": rows[:-1], "null": rows[-1:]}
 
-    embedding = embed(encoder, model, texts, mesh, cache_dir, variant)
-    if cache_dir is None:
-        return Examples(embedding, **states(), **latents())
-    vae_state = cache.directory_state(model.directory / "vae")
-    key = cache.fingerprint(vae_state, pictures.state(images), num_flips)
-    moments = cache.cached(cache_dir, "latents", key, latents)
-    encoder_state = cache.directory_state(model.directory / "text_encoder")
-    text = cache.cached(cache_dir, "text", cache.fingerprint(encoder_state, list(texts)), states)
+    state = lambda component: cache.directory_state(model.directory / component)
+    embedding = embed(encoders, texts, encoder)
+    text = encoders.cached("text", lambda: (state("text_encoder"), list(texts)), states)
+    inputs = lambda: (state("vae"), pictures.state(images), num_flips)
+    moments = encoders.cached("latents", inputs, latents)
     return Examples(embedding, text["states"], text["null"], **moments)
 
 
 def encode_split(
-    source: pictures.PictureSource,
-    model: model_directory.ModelConfig,
-    split: str,
-    seed: int,
-    mesh: Mesh,
-    cache_dir: pathlib.Path,
-    variant: str | None = None,
+    encoders: Encoders, source: pictures.PictureSource, split: str, seed: int
 ) -> Examples:
     """Computes all that a training needs of a split; `seed` draws its prompts."""
     images = pictures.load(source, split)
     texts = pictures.prompts(images, split, seed, source.captions_per_image).texts
-    kinds = {"encoder": source.encoder, "flips": source.flips}
-    return encode(model, images, texts, mesh, cache_dir, variant, **kinds)
+    return encode(encoders, images, texts, source.encoder, source.flips)
 
 
 def draw_noisy(
@@ -245,13 +234,6 @@ def _moments(
     return jnp.concatenate(moments, axis=-1)
 
 
-def _ids(
-    model: model_directory.ModelConfig, texts: Sequence[str]
-) -> Int32[np.ndarray, "rows tokens"]:
-    own = tokenizer.load(model.directory / "tokenizer")
-    return tokenizer.encode(own, texts, model.text_encoder.max_position_embeddings)
-
-
 def _ids_and_masks(
     directory: pathlib.Path, texts: Sequence[str], max_tokens: int
 ) -> Int32[np.ndarray, "rows 2 tokens"]:
@@ -269,25 +251,25 @@ def _mirrored(
     return np.where((rows % num_flips)[:, None, None, None] == 1, taken[:, :, ::-1], taken)
 
 
-def _encode(
+def _apply(
     apply: Callable[[loop.Params, Any], Array],
     params: loop.Params,
     take: Callable[[Int[np.ndarray, " b"]], np.ndarray],
     num_rows: int,
-    mesh: Mesh,
-    scratch: pathlib.Path | None,
+    encoders: Encoders,
 ) -> np.ndarray:
     """Applies a network to all rows, which `take` reads a batch at a time, on all devices.
 
-    Large results are kept in a file in `scratch`, which nobody sees, and not in memory.
+    Large results are kept in a file without a name in the cache, and not in memory.
     """
+    mesh = encoders.mesh
     placed = sharding.batch_sharding(mesh)
     encode = jax.jit(apply, out_shardings=placed)
     params, result = sharding.place(params, sharding.replicated(mesh)), np.zeros(0)
     for batch in cache.in_batches(num_rows, _ROWS_PER_DEVICE * mesh.size):
         part = sharding.to_host(encode(params, sharding.place(take(batch), placed)))
         if not result.size:
-            result = _room(part, num_rows, scratch)
+            result = _room(part, num_rows, encoders.cache_dir)
         result[batch] = part  # the last row again and again, at the end
     return result
 

@@ -18,9 +18,6 @@ from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
 from sdprune_jax import NotFiniteError, UserError, sharding
-from sdprune_jax.data.order import rows_of_batch as rows_of_batch
-from sdprune_jax.models.initial import ends_a_block as ends_a_block
-from sdprune_jax.models.initial import init_params as init_params
 from sdprune_jax.training import metrics_log, orbax_checkpoints, signals
 
 Params = Any
@@ -35,48 +32,28 @@ LossFn = Callable[[Params, Params, Batch, Key[Array, ""]], tuple[Float[Array, ""
 
 
 class TrainState(NamedTuple):
-    """Everything that changes during training and is saved to resume it.
+    """Everything that changes during training and is saved to resume it."""
 
-    Attributes:
-        step: optimizer steps done.
-        params: what the optimizer moves.
-        ema: exponential moving average of the parameters, which is what gets used.
-        opt_state: what the optimizer remembers, such as moments.
-    """
-
-    step: Int[Array, ""]
-    params: Params
-    ema: Params
-    opt_state: optax.OptState
+    step: Int[Array, ""]  # optimizer steps done
+    params: Params  # what the optimizer moves
+    ema: Params  # exponential moving average of the parameters, which is what gets used
+    opt_state: optax.OptState  # what the optimizer remembers, such as moments
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """One training: how long, on what devices, and where.
+    """One training: how long, on what devices, and where."""
 
-    Attributes:
-        optimizer: what moves the parameters.
-        num_steps: optimizer steps in all.
-        batch_size: examples a step, over all devices.
-        ema_decay: decay of the moving average of the parameters, in [0, 1).
-        log_every: steps between lines of the log.
-        save_every: steps between checkpoints; the last step is saved too.
-        num_evals: evaluations of the averaged parameters, the last one at the end; 0 for none.
-        seed: seed of the noise that the loss draws, and of the order of the data.
-        mesh: the devices; batches are split over all of its axes.
-        directory: a directory that this training has for itself.
-    """
-
-    optimizer: optax.GradientTransformation
-    num_steps: int
-    batch_size: int
-    ema_decay: float
-    log_every: int
-    save_every: int
-    num_evals: int
-    seed: int
-    mesh: Mesh
-    directory: pathlib.Path
+    optimizer: optax.GradientTransformation  # what moves the parameters
+    num_steps: int  # optimizer steps in all
+    batch_size: int  # examples a step, over all devices
+    ema_decay: float  # decay of the moving average of the parameters, in [0, 1)
+    log_every: int  # steps between lines of the log
+    save_every: int  # steps between checkpoints; the last step is saved too
+    num_evals: int  # evaluations of the averaged parameters, the last one at the end; 0 for none
+    seed: int  # seed of the noise that the loss draws, and of the order of the data
+    mesh: Mesh  # the devices; batches are split over all of its axes
+    directory: pathlib.Path  # a directory that this training has for itself
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:

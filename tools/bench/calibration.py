@@ -23,10 +23,10 @@ import numpy as np
 from sdprune_jax import pipeline, sharding, sites
 from sdprune_jax.files.model_directory import ModelConfig
 from sdprune_jax.models import clip, noise_schedule, samplers, unet, vae
+from sdprune_jax.models.initial import init_params
 from sdprune_jax.scoring import calibrate, obs
 from sdprune_jax.scoring.recorder import LayerStats
 from sdprune_jax.scoring.settings import CalibrationSettings
-from sdprune_jax.training import loop
 
 QUICK = unet.UNetConfig(
     sample_size=16,
@@ -53,7 +53,7 @@ def main() -> None:
 def _calibration(config: unet.UNetConfig, num_prompts: int, num_steps: int, rounds: int) -> None:
     shapes, mesh = unet.param_shapes(config), sharding.make_mesh()
     batch = -(-num_prompts // mesh.size) * mesh.size
-    params = jax.device_put(loop.init_params(shapes, 0), sharding.fsdp_shardings(shapes, mesh))
+    params = jax.device_put(init_params(shapes, 0), sharding.fsdp_shardings(shapes, mesh))
     walk = CalibrationSettings(num_steps=num_steps, batch_size=batch)
     model = ModelConfig(
         clip.TextConfig(), config, vae.VAEConfig(), noise_schedule.Schedule(), pathlib.Path()

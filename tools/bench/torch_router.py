@@ -21,25 +21,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Case(NamedTuple):
-    """What both sides start from.
+    """What both sides start from."""
 
-    Attributes:
-        model: configs of the model.
-        section: how the router is trained.
-        layout: where gates lie in a vector.
-        costs: MACs of every site.
-        params: parameters of the router.
-        frozen: parameters of the UNet.
-        batch: the examples of the step.
-    """
-
-    model: model_directory.ModelConfig
-    section: config.Router
-    layout: Layout
-    costs: Any
-    params: dict[str, Any]
-    frozen: dict[str, Any]
-    batch: dict[str, Any]
+    model: model_directory.ModelConfig  # configs of the model
+    section: config.Router  # how the router is trained
+    layout: Layout  # where gates lie in a vector
+    costs: Any  # MACs of every site
+    params: dict[str, Any]  # parameters of the router
+    frozen: dict[str, Any]  # parameters of the UNet
+    batch: dict[str, Any]  # the examples of the step
 
 
 def step(case: Case, dtype: str) -> Callable[[], float]:
