@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +16,11 @@ from sdprune_jax.aptp.layout import layout_of
 from sdprune_jax.evaluate.protocols import PROTOCOLS
 from sdprune_jax.files import model_directory
 from sdprune_jax.metrics import features
-from sdprune_jax.models import inception, unet
+from sdprune_jax.models import inception, samplers, unet
 from sdprune_jax.pruning.methods import STATISTIC
-from sdprune_jax.scoring import calibrate
+from sdprune_jax.scoring import accumulate, calibrate
+from sdprune_jax.scoring import inputs as read
+from sdprune_jax.scoring.settings import CalibrationSettings
 from sdprune_jax.stages import finetune, inputs, pretrain
 from sdprune_jax.stages import router as router_stage
 from sdprune_jax.stages.prune import open_calibration
@@ -144,8 +146,34 @@ def _prune(run: config.Run, section: config.Prune, mesh: Mesh) -> jax.stages.Low
     layers = sites.prunable(model_directory.param_shapes(model, "unet"), "unet", part.scope)
     calibration = open_calibration(section.calibration, model, "unet", mesh, 0, "")
     first = calibration.packages(layers, statistic)[0]
-    statistic = statistic.removeprefix("weighted_")
-    return calibrate.lower_unet(model, mesh, first, statistic, calibration.settings)
+    return _walk(model, mesh, first, statistic.removeprefix("weighted_"), calibration.settings)
+
+
+def _walk(
+    model: model_directory.ModelConfig,
+    mesh: Mesh,
+    paths: Sequence[str],
+    statistic: Any,
+    settings: CalibrationSettings,
+) -> jax.stages.Lowered:
+    """Lowers what a calibration of these kernels runs for every batch of prompts."""
+    apart = (*read.TIME, read.TEXT)  # inputs of layers that read no picture
+    leaders = [group[0] for name, group in read.groups(paths).items() if name not in apart]
+    params, size = unet.param_shapes(model.unet), settings.batch_size
+    setup = calibrate.setup_of(model, params, mesh, leaders, statistic, settings)
+    table = samplers.timetable(model.schedule, settings.sampler, settings.num_steps)
+    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    shape = lambda *axes, place=whole: _Shape(axes, jnp.float32, sharding=place)
+    on_all = lambda tree: jax.tree.map(lambda x: _Shape(x.shape, x.dtype, sharding=whole), tree)
+    stats = _sharded(jax.eval_shape(lambda: accumulate.zeros(setup)), mesh)
+    text = (model.text_encoder.max_position_embeddings, model.text_encoder.hidden_size)
+    batch = (shape(size, *a, place=split) for a in (calibrate.noise_shape(model), text, ()))
+    negative = shape(1, *text) if settings.guidance_scale > 1 else None
+    calls = on_all(jax.tree.map(jnp.asarray, table)), shape(len(table.timestep)), shape()
+    key = on_all(jax.eval_shape(lambda: jax.random.key(0)))
+    return accumulate.add_trajectories.lower(
+        setup, on_all(params), stats, *batch, negative, *calls, key
+    )
 
 
 class _Drawing(NamedTuple):

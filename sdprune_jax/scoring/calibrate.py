@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from sdprune_jax import UserError, pipeline, sharding
 from sdprune_jax.files import convert
 from sdprune_jax.files.model_directory import ModelConfig
-from sdprune_jax.models import clip, samplers, unet
+from sdprune_jax.models import clip, samplers
 from sdprune_jax.scoring import accumulate, inputs, recorder
 from sdprune_jax.scoring.recorder import LayerStats, Statistic, Stats
 from sdprune_jax.scoring.settings import CalibrationSettings
@@ -95,48 +95,27 @@ def unet_statistics(
         stats[inputs.TEXT] = _text_state_statistics(model, text, statistic, settings)
     leaders = {name: group[0] for name, group in groups.items() if name not in stats}
     if leaders:
-        setup = _setup(model, params, mesh, list(leaders.values()), statistic, settings)
+        setup = setup_of(model, params, mesh, list(leaders.values()), statistic, settings)
         walked = _walk(setup, model, params, text, key, settings)
         stats |= {name: walked[path] for name, path in leaders.items()}
     return recorder.checked({path: stats[name] for name, group in groups.items() for path in group})
 
 
-def lower_unet(
+def setup_of(
     model: ModelConfig,
+    params: Any,
     mesh: Mesh,
     paths: Sequence[str],
     statistic: Statistic,
     settings: CalibrationSettings,
-) -> jax.stages.Lowered:
-    """The program that `unet_statistics` runs for every batch of prompts, from shapes alone.
+) -> accumulate.Setup:
+    """What the program that walks the UNet is compiled for."""
+    layers = _inputs_of_each(params, paths)
+    return accumulate.Setup(model.unet, mesh, layers, statistic, settings.position_fraction)
 
-    The devices of the mesh need not be there. One of the layers has to read the picture.
-    """
-    apart = (*inputs.TIME, inputs.TEXT)  # read no picture
-    leaders = [group[0] for name, group in inputs.groups(paths).items() if name not in apart]
-    params, size = unet.param_shapes(model.unet), settings.batch_size
-    setup = _setup(model, params, mesh, leaders, statistic, settings)
-    table = samplers.timetable(model.schedule, settings.sampler, settings.num_steps)
-    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
-    def shape(*axes: int, place: Any = whole) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(axes, jnp.float32, sharding=place)
-
-    on_all = lambda tree: jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree
-    )
-    stats = jax.eval_shape(lambda: accumulate.zeros(setup))
-    stats = jax.tree.map(
-        lambda x, place: x.update(sharding=place), stats, sharding.fsdp_shardings(stats, mesh)
-    )
-    text = (model.text_encoder.max_position_embeddings, model.text_encoder.hidden_size)
-    batch = (shape(size, *axes, place=split) for axes in (_noise_shape(model), text, ()))
-    negative = shape(1, *text) if settings.guidance_scale > 1 else None
-    calls = on_all(jax.tree.map(jnp.asarray, table)), shape(len(table.timestep)), shape()
-    key = on_all(jax.eval_shape(lambda: jax.random.key(0)))
-    return accumulate.add_trajectories.lower(
-        setup, on_all(params), stats, *batch, negative, *calls, key
-    )
+def noise_shape(model: ModelConfig) -> tuple[int, int, int]:
+    return model.unet.sample_size, model.unet.sample_size, model.unet.in_channels
 
 
 def _time_statistics(
@@ -179,29 +158,13 @@ def _walk(
     calls = (jax.tree.map(jnp.asarray, table), alphas, jnp.float32(settings.guidance_scale))
     noise_key, position_key = jax.random.split(key)
     negative = jnp.asarray(text[-1:]) if settings.guidance_scale > 1 else None
-    stats, shape = accumulate.zeros(setup), _noise_shape(model)
+    stats, shape = accumulate.zeros(setup), noise_shape(model)
     for rows, weight in _batches(len(text) - 1, settings.batch_size):
         noise = pipeline.image_noise(noise_key, jnp.asarray(rows), shape)
         batch = _split(setup.mesh, noise, text[rows], weight)
         drawn = jax.random.fold_in(position_key, rows[0])
         stats = accumulate.add_trajectories(setup, params, stats, *batch, negative, *calls, drawn)
     return stats
-
-
-def _setup(
-    model: ModelConfig,
-    params: Any,
-    mesh: Mesh,
-    paths: Sequence[str],
-    statistic: Statistic,
-    settings: CalibrationSettings,
-) -> accumulate.Setup:
-    layers = _inputs_of_each(params, paths)
-    return accumulate.Setup(model.unet, mesh, layers, statistic, settings.position_fraction)
-
-
-def _noise_shape(model: ModelConfig) -> tuple[int, int, int]:
-    return model.unet.sample_size, model.unet.sample_size, model.unet.in_channels
 
 
 def _inputs_of_each(params: Any, paths: Iterable[str]) -> tuple[tuple[str, int], ...]:

@@ -4,22 +4,20 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 
 from sdprune_jax import UserError, sites
 from sdprune_jax.files import convert
 from sdprune_jax.models import unet
 from sdprune_jax.sites import macs
 
-# Site -> score of each unit: the higher, the longer it stays.
+# By site, the score of each unit: the higher, the longer it stays.
 Scores = Mapping[str, Float64[np.ndarray, " _units"]]
 
 WIDTH = ("heads", "ff", "channels")
 
 
-def uniform(
-    config: unet.UNetConfig, seed: int, kinds: Collection[str] = WIDTH
-) -> dict[str, Float64[np.ndarray, " _units"]]:
+def uniform(config: unet.UNetConfig, seed: int, kinds: Collection[str] = WIDTH) -> Scores:
     """Scores by which every site of some kinds loses the same share of its units, at random."""
     rng = np.random.default_rng(seed)
     return {
@@ -28,15 +26,13 @@ def uniform(
     }
 
 
-def random(config: unet.UNetConfig, seed: int) -> dict[str, Float64[np.ndarray, " _units"]]:
+def random(config: unet.UNetConfig, seed: int) -> Scores:
     """Scores drawn for every unit alone: sites lose unlike shares."""
     rng = np.random.default_rng(seed)
     return {site.name: rng.random(site.units) for site in _sites(config, WIDTH)}
 
 
-def norm(
-    params: Mapping[str, Any], config: unet.UNetConfig
-) -> dict[str, Float64[np.ndarray, " _units"]]:
+def norm(params: Mapping[str, Any], config: unet.UNetConfig) -> Scores:
     """Sum of squares of the kernels of a unit, in units of the mean of its site.
 
     Source: group norm of DepGraph (https://arxiv.org/abs/2301.12900) as its library has it by
@@ -45,7 +41,9 @@ def norm(
     flat, scores = convert.flatten(params), {}
     for site in _sites(config, WIDTH):
         kernels = [(path, axis) for path, axis in site.members if path.endswith(".kernel")]
-        total = sum(_per_unit(np.square(_float64(flat[p])), axis, site) for p, axis in kernels)
+        total = sum(
+            _per_unit(np.square(flat[p], dtype=np.float64), axis, site) for p, axis in kernels
+        )
         scores[site.name] = total / (np.mean(total) or 1)
     return scores
 
@@ -55,7 +53,7 @@ def taylor(
     grads: Mapping[str, Any],
     config: unet.UNetConfig,
     signs_cancel: bool = True,
-) -> dict[str, Float64[np.ndarray, " _units"]]:
+) -> Scores:
     """Change of the loss when all parameters of a unit go, to first order, without its sign.
 
     `grads` are summed over timesteps. Within a unit, the changes of single weights are summed with
@@ -66,7 +64,9 @@ def taylor(
     """
     flat, slopes, scores = convert.flatten(params), convert.flatten(grads), {}
     for site in _sites(config, WIDTH):
-        changes = [(_float64(flat[p]) * _float64(slopes[p]), axis) for p, axis in site.members]
+        changes = [
+            (np.multiply(flat[p], slopes[p], dtype=np.float64), axis) for p, axis in site.members
+        ]
         if not signs_cancel:
             changes = [(np.abs(change), axis) for change, axis in changes]
         scores[site.name] = np.abs(sum(_per_unit(change, axis, site) for change, axis in changes))
@@ -105,7 +105,7 @@ def within_budget(
     if kept > target * (1 + 1e-12):
         left = " but one unit of every site" if keep_one else ""
         raise UserError(
-            f"config.slice.macs_budget is {macs_budget}, the share of all MACs to keep: expected"
+            f"macs_budget is {macs_budget}, the share of all MACs to keep: expected"
             f" from {kept / costs.total:.4f}, all{left} gone that this criterion may remove, to 1"
         )
     return keep
@@ -121,7 +121,3 @@ def _per_unit(
     """Sums over all that a unit has of an array, in every run of its axis."""
     runs = np.moveaxis(x, axis, 0).reshape(-1, site.units, site.unit_size, x.size // x.shape[axis])
     return runs.sum(axis=(0, 2, 3))
-
-
-def _float64(x: Float[Any, "..."]) -> Float64[np.ndarray, "..."]:
-    return np.asarray(x, np.float64)
