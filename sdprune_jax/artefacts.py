@@ -21,7 +21,7 @@ import jax
 from absl import logging
 
 from sdprune_jax import UserError, sharding
-from sdprune_jax.files import checksums, model_directory, tensors, typed_json
+from sdprune_jax.files import checksums, json_files, model_directory, typed_json
 
 T = TypeVar("T")
 MadeFrom = Mapping[str, Any]  # plain values, by name, of all that an output depends on
@@ -104,7 +104,7 @@ def _is_complete(output: Output, made_from: dict[str, Any]) -> bool:
     if values.get("is_partial"):
         logging.warning("%s was begun and not finished: it is made again", output.directory)
     elif changes := differences(values["made_from"], made_from):
-        what = tensors.listing(changes, limit=5)
+        what = json_files.listing(changes, limit=5)
         logging.info("%s is made again, from other inputs:\n  %s", output.directory, what)
     elif damage := _damage(output, values["files"]):
         logging.warning("%s is made again: %s", output.directory, "; ".join(damage))
@@ -274,7 +274,7 @@ def refuse_foreign(output: Output) -> None:
     if foreign:
         raise UserError(
             f"{output.directory} has files that stage {output.stage} did not write, or whose record"
-            f" is gone:\n  {tensors.listing(foreign)}\nmove them away, or choose another workdir"
+            f" is gone:\n  {json_files.listing(foreign)}\nmove them away, or choose another workdir"
         )
 
 
@@ -286,11 +286,11 @@ def _begin(
     if directory.exists():
         if not mark.is_file() and any(directory.iterdir()):
             raise UserError(f"{directory} is in the way, and no stage made it: move it away")
-        is_same = mark.is_file() and tensors.read_json(mark) == made_from
+        is_same = mark.is_file() and json_files.read_json(mark) == made_from
         if not (resume and is_same):
             shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors.write_json(mark, made_from)
+    json_files.write_json(mark, made_from)
 
 
 def _commit(output: Output, partial: Partial, made_from: dict[str, Any]) -> None:
@@ -318,14 +318,14 @@ def _commit(output: Output, partial: Partial, made_from: dict[str, Any]) -> None
 
 def _write(record: pathlib.Path, values: dict[str, Any]) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
-    tensors.write_json(record, values | {"checksum": _hash(values)})
+    json_files.write_json(record, values | {"checksum": _hash(values)})
     _sync(record)
     _sync(record.parent)
 
 
 def _values(record: pathlib.Path) -> dict[str, Any]:
     """Reads a record, and refuses one that is damaged."""
-    values = tensors.read_json(record)
+    values = json_files.read_json(record)
     checksum = values.pop("checksum", None)
     if checksum != _hash(values):
         raise UserError(

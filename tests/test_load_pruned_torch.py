@@ -1,6 +1,7 @@
 """sdprune torch against our own UNet, of which other tests say that it can be cut."""
 
 import functools
+import importlib
 import json
 
 import aptp_model
@@ -15,7 +16,8 @@ from sdprune_jax.files import model_directory
 from sdprune_jax.models import unet
 
 torch = pytest.importorskip("torch")
-load_pruned_torch = pytest.importorskip("load_pruned_torch")  # no diffusers, no test
+pytest.importorskip("diffusers.models.resnet")  # the package alone does not need diffusers' models
+torch_model = importlib.import_module("sdprune_jax.commands.torch_model")
 
 UNET, LAYOUT = aptp_model.UNET, aptp_model.LAYOUT
 
@@ -48,7 +50,7 @@ def _assert_same(model, directory, gates):
     timestep, text = np.array([10, 700]), rng.normal(size=(2, 5, 12)).astype(np.float32)
     params = model_directory.load(model, "unet")
     want = np.asarray(_compiled()({"params": params}, x, timestep, text, gates))
-    module = load_pruned_torch.load_unet(directory)
+    module = torch_model.load_unet(directory)
     with torch.no_grad():
         found = module(
             torch.from_numpy(x.transpose(0, 3, 1, 2).copy()),
@@ -83,7 +85,7 @@ def test_expert_computes_in_torch_what_it_does_here(model, tmp_path, seed):
     count = sum(x.numel() for x in module.parameters())
     shapes = model_directory.param_shapes(model_directory.open_model(directory), "unet")
     assert count == sum(x.size for x in jax.tree.leaves(shapes))
-    assert any(isinstance(m, load_pruned_torch.Removed) for m in module.modules()) == (
+    assert any(isinstance(m, torch_model.Removed) for m in module.modules()) == (
         not keep[list(DEPTH.values())].all()
     )
 
@@ -119,22 +121,22 @@ def test_what_does_not_fit_is_refused_with_every_reason(model, tmp_path):
     directory = _cut(model, tmp_path / "expert", architecture)
     _edit(directory, lambda values: values.update(kept_units=[]))
     with pytest.raises(ValueError, match=r"does not fit[^\n]*\n.*resnets\.0\.conv1\.weight"):
-        load_pruned_torch.load_unet(directory)
+        torch_model.load_unet(directory)
     wrong = [["mid_block.resnets.0", 9], ["mid_block.nothing", 1], ["mid_block.resnets.1.depth", 2]]
     _edit(directory, lambda values: values.update(kept_units=wrong))
     with pytest.raises(ValueError, match="expected 1 to 4") as error:
-        load_pruned_torch.load_unet(directory)
+        torch_model.load_unet(directory)
     assert "mid_block.nothing is no site" in str(error.value)
     assert "expected 0, which removes it" in str(error.value)
     with pytest.raises(ValueError, match="has no unet/config"):
-        load_pruned_torch.load_unet(tmp_path)
+        torch_model.load_unet(tmp_path)
 
 
 def test_command_says_what_is_left_and_draws(model, tmp_path, capsys):
     keep = _vector(0)
     directory = _cut(model, tmp_path / "expert", layout.to_architecture(keep, LAYOUT))
     picture = tmp_path / "picture.png"
-    load_pruned_torch.main(
+    torch_model.main(
         [str(directory), "--prompt", "a red apple", "--output", str(picture), "--num-steps", "2"]
     )
     said = capsys.readouterr().out
@@ -143,4 +145,4 @@ def test_command_says_what_is_left_and_draws(model, tmp_path, capsys):
     assert "random input gives 1 x 4 x 8 x 8, finite" in said
     assert picture.stat().st_size > 100
     with pytest.raises(SystemExit, match="error: "):
-        load_pruned_torch.main([str(tmp_path)])
+        torch_model.main([str(tmp_path)])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdprune_jax.files import convert, tensors, weights
+from sdprune_jax.files import convert, json_files, weights
 from sdprune_jax.models import sentence
 
 torch = pytest.importorskip("torch")
@@ -38,7 +38,7 @@ def _reference(kind):
 def test_encoder_read_from_its_directory_equals_transformers(kind, tmp_path):
     reference = _reference(kind)
     reference.save_pretrained(tmp_path)
-    config = sentence.SentenceConfig.from_json(tensors.read_json(tmp_path / "config.json"))
+    config = sentence.SentenceConfig.from_json(json_files.read_json(tmp_path / "config.json"))
     params = weights.load_params(tmp_path, sentence.param_shapes(config))
     rng = np.random.default_rng(1)
     ids = rng.integers(3, 50, size=(3, 140)).astype(np.int32)

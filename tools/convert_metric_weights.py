@@ -31,7 +31,7 @@ import numpy as np
 import transformers
 
 from sdprune_jax import UserError
-from sdprune_jax.files import convert, tensors, weights
+from sdprune_jax.files import convert, json_files, tensors, weights
 from sdprune_jax.models import clip, inception, lpips
 
 State = Mapping[str, np.ndarray]
@@ -168,7 +168,7 @@ def _converted(
     """Nested parameters, and the contents of `config.json`."""
     as_it_is = lambda key: (key, None)
     if source.is_dir():
-        values = tensors.read_json(source / "config.json")
+        values = json_files.read_json(source / "config.json")
         if values.get("model_type") != "clip":
             kind = values.get("model_type")
             raise UserError(f"{source}/config.json: model_type is {kind!r}, expected 'clip'")
@@ -222,7 +222,7 @@ def _matched(
     unexpected = sorted(name for name in state.keys() - used if not _UNUSED.fullmatch(name))
     problems += [f"unexpected {name}" for name in unexpected]
     if problems:
-        raise UserError(f"the tensors do not fit:\n  {tensors.listing(problems)}")
+        raise UserError(f"the tensors do not fit:\n  {json_files.listing(problems)}")
     return convert.unflatten(flat, shapes)
 
 
@@ -233,7 +233,7 @@ def _write(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     weights.save_params(new, params, dtype=None, name="model")
-    tensors.write_json(new / "config.json", config)
+    json_files.write_json(new / "config.json", config)
     for name in _COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, new / name)

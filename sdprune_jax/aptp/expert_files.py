@@ -14,7 +14,7 @@ from jaxtyping import Int32
 from sdprune_jax import UserError, artefacts, sites
 from sdprune_jax.aptp.records import DenseRow, ExpertRow, ExpertsRecord
 from sdprune_jax.data import emoji, pictures
-from sdprune_jax.files import convert, model_directory, tensors
+from sdprune_jax.files import convert, json_files, model_directory
 from sdprune_jax.models import unet
 from sdprune_jax.sites import macs
 
@@ -93,7 +93,7 @@ def write(
             for split, expert in rows.items()
         }
         if jax.process_index() == 0:
-            tensors.write_json(directory / name / "prompts.json", prompts)
+            json_files.write_json(directory / name / "prompts.json", prompts)
         num_macs, parameters = count(cut.unet), _num_parameters(cut.params)
         row = ExpertRow(
             directory=name,

@@ -21,7 +21,7 @@ from sdprune_jax.aptp.layout import Layout, layout_of
 from sdprune_jax.aptp.records import RouterRecord
 from sdprune_jax.data import cache
 from sdprune_jax.data.pictures import PictureSource
-from sdprune_jax.files import convert, model_directory, tensors
+from sdprune_jax.files import convert, json_files, model_directory, tensors
 from sdprune_jax.files.weights import save_params
 from sdprune_jax.models import unet
 
@@ -61,7 +61,8 @@ def read_pruning(source: pathlib.Path, layout: Layout) -> Pruning:
         ValueError: naming all that is missing, of another UNet, or computed in another way here.
     """
     configs = {
-        name: tensors.read_json(source / name / "config.json") for name in ("hypernet", "quantizer")
+        name: json_files.read_json(source / name / "config.json")
+        for name in ("hypernet", "quantizer")
     }
     problems = _config_problems(configs["hypernet"], configs["quantizer"], layout)
     heads, codes = (
@@ -72,7 +73,7 @@ def read_pruning(source: pathlib.Path, layout: Layout) -> Pruning:
         problems += _tensor_problems(heads, codes, configs["hypernet"], layout)
     if problems:
         raise UserError(
-            f"{source} is not a pruning that can be taken over:\n  " + tensors.listing(problems)
+            f"{source} is not a pruning that can be taken over:\n  " + json_files.listing(problems)
         )
     found, soft = np.float32(codes["embedding.weight"]), np.float32(codes["embedding_gs"])
     width = configs["hypernet"]["input_dim"]

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdprune_jax import UserError
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.files import json_files, model_directory
 from sdprune_jax.metrics import interval
 from sdprune_jax.models import unet
 from sdprune_jax.sites import macs
@@ -94,7 +94,7 @@ def rows(runs: Sequence[pathlib.Path]) -> list[Row]:
         if not (run / "evaluate.json").is_file():
             problems.append(f"{run} has no evaluate.json: evaluate it, --config.evaluate=build")
             continue
-        records[run] = tensors.read_json(run / "evaluate.json")
+        records[run] = json_files.read_json(run / "evaluate.json")
         how = [_how(records[path]) for path in (next(iter(records)), run)]
         if how[0] != how[1]:
             problems.append(f"{run} is evaluated as {how[1]}, and the first run as {how[0]}")

@@ -26,7 +26,7 @@ import safetensors.numpy
 
 from sdprune_jax import UserError
 from sdprune_jax.commands import aptp_files, flax_files, infer_configs, single_file
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.files import json_files, model_directory, tensors
 
 DTYPES = {"keep": None, "float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
 FORMATS = ("diffusers", "flax", "single")
@@ -173,7 +173,7 @@ def _write(
     elif extra:
         groups = Counter(_group(name) for name in extra)
         print(f"{len(extra)} tensors have no place in the new form (--keep-extra keeps them):")
-        print(tensors.listing([f"{name} ({count} tensors)" for name, count in groups.items()]))
+        print(json_files.listing([f"{name} ({count} tensors)" for name, count in groups.items()]))
 
 
 def _group(name: str) -> str:

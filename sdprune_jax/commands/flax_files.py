@@ -10,7 +10,7 @@ import numpy as np
 from flax import serialization
 
 from sdprune_jax import UserError
-from sdprune_jax.files import configs, convert, model_directory, tensors
+from sdprune_jax.files import configs, convert, json_files, model_directory, tensors
 
 FILES = {
     "text_encoder": "flax_model.msgpack",
@@ -56,7 +56,7 @@ def read(path: pathlib.Path, shapes: Mapping[str, Any], component: str) -> dict[
         if not isinstance(x, np.ndarray) or x.shape != want:
             problems.append(f"{name}: {getattr(x, 'shape', type(x).__name__)}, expected {want}")
     if problems:
-        raise UserError(f"{path} does not fit its config:\n  {tensors.listing(problems)}")
+        raise UserError(f"{path} does not fit its config:\n  {json_files.listing(problems)}")
     return convert.unflatten({expected[name]: x for name, x in leaves.items()}, shapes)
 
 
@@ -68,15 +68,15 @@ def write(
 ) -> None:
     """Fills an empty directory with the pipeline that `FlaxStableDiffusionPipeline` read."""
     configs.write_small_files(model.directory, directory, model.schedule)
-    index = tensors.read_json(directory / "model_index.json")
+    index = json_files.read_json(directory / "model_index.json")
     for name in (*model_directory.COMPONENTS, "scheduler"):
         index[name][1] = f"Flax{index[name][1]}"
-    tensors.write_json(
+    json_files.write_json(
         directory / "model_index.json", index | {"_class_name": f"Flax{index['_class_name']}"}
     )
     scheduler = directory / "scheduler" / "scheduler_config.json"
-    tensors.write_json(
-        scheduler, tensors.read_json(scheduler) | {"_class_name": index["scheduler"][1]}
+    json_files.write_json(
+        scheduler, json_files.read_json(scheduler) | {"_class_name": index["scheduler"][1]}
     )
     for component, file in FILES.items():
         tree: dict[str, Any] = {}
@@ -90,7 +90,7 @@ def write(
         folder.mkdir()
         (folder / file).write_bytes(serialization.msgpack_serialize(tree))
         config = configs.read_config(model.directory / component / "config.json")
-        tensors.write_json(folder / "config.json", config | _flax_class(config))
+        json_files.write_json(folder / "config.json", config | _flax_class(config))
 
 
 def _flax_class(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sdprune_jax import UserError
 from sdprune_jax.commands.single_file import TEXT, UNET, VAE
-from sdprune_jax.files import tensors
+from sdprune_jax.files import json_files, tensors
 
 _HEAD_SIZE = 64  # of every attention of Stable Diffusion 2
 _GROUPS = 32  # of every group norm
@@ -53,7 +53,7 @@ def write_configs(
     values["unet/config.json"]["upcast_attention"] = is_768  # without it float16 overflows there
     for name, contents in values.items():
         (directory / name).parent.mkdir(exist_ok=True)
-        tensors.write_json(directory / name, contents)
+        json_files.write_json(directory / name, contents)
 
 
 def _unet_config(stored: Mapping[str, tensors.StoredTensor]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from sdprune_jax import UserError
-from sdprune_jax.files import convert, model_directory, tensors
+from sdprune_jax.files import convert, json_files, model_directory, tensors
 from sdprune_jax.models import unet
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
@@ -174,7 +174,7 @@ def read(
         if not problems:
             params[component] = convert.unflatten(flat, shapes)
     if problems:
-        raise UserError(f"{path} does not fit the configs:\n  {tensors.listing(problems)}")
+        raise UserError(f"{path} does not fit the configs:\n  {json_files.listing(problems)}")
     return params, {name: stored[name] for name in sorted(stored.keys() - used)}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 
 from sdprune_jax import UserError
-from sdprune_jax.files import bitmask, tensors
+from sdprune_jax.files import bitmask, json_files, tensors
 
 VERSION = 1
 KEY = "sdprune_jax.sparse"
@@ -124,7 +124,7 @@ def _dense_entries(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str]
     problems += [f"unlisted {key}" for key in sorted(stored.keys() - listed)]
     if problems:
         raise UserError(
-            f"{path} does not hold what its header says:\n  {tensors.listing(problems)}\n"
+            f"{path} does not hold what its header says:\n  {json_files.listing(problems)}\n"
             "pack the model again"
         )
     return entries, metadata
@@ -168,7 +168,7 @@ def _opened(path: pathlib.Path) -> tuple[dict[str, tensors.StoredTensor], dict[s
     unknown = [f"{name}: {x.dtype}" for name, x in stored.items() if x.dtype not in _DTYPES]
     if unknown:
         raise UserError(
-            f"{path} has dtypes other than {', '.join(_DTYPES)}:\n  {tensors.listing(unknown)}"
+            f"{path} has dtypes other than {', '.join(_DTYPES)}:\n  {json_files.listing(unknown)}"
         )
     with safetensors.safe_open(path, framework="numpy") as file:
         return {name: stored[name] for name in file.offset_keys()}, dict(file.metadata() or {})

@@ -7,7 +7,7 @@ from sdprune_jax import UserError
 from sdprune_jax.evaluate import networks
 from sdprune_jax.evaluate.measurement import Measurement
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
-from sdprune_jax.files import tensors
+from sdprune_jax.files import json_files
 
 _WITH_PICTURES = ("kid", "cmmd")  # kinds that no statistics of the reference pictures replace
 
@@ -23,7 +23,7 @@ def check(measurement: Measurement, edge: int | None = None) -> None:
         ValueError: naming all of `problems`.
     """
     if lacking := problems(measurement, PROTOCOLS[measurement.protocol], edge, "config.evaluate"):
-        raise UserError("config.evaluate is not possible:\n  " + tensors.listing(lacking))
+        raise UserError("config.evaluate is not possible:\n  " + json_files.listing(lacking))
 
 
 def problems(measurement: Measurement, protocol: Protocol, edge: int | None, key: str) -> list[str]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from sdprune_jax import UserError
 from sdprune_jax.data import tokenizer
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.files import json_files, model_directory, tensors
 from sdprune_jax.metrics import embedded, features
 from sdprune_jax.models import clip, inception, lpips
 
@@ -53,7 +53,7 @@ def load(name: str, directory: str, model: model_directory.ModelConfig) -> Netwo
     if name == "lpips":
         params = model_directory.load_params(here, lpips.param_shapes(), dtype=np.float32)
         return Network(_embed_pairs, params, None, weights, None)
-    settings = clip.CLIPConfig.from_json(tensors.read_json(here / "config.json"))
+    settings = clip.CLIPConfig.from_json(json_files.read_json(here / "config.json"))
     params = model_directory.load_params(here, clip.clip_param_shapes(settings), dtype=np.float32)
     own = any((here / file).is_file() for file in ("vocab.json", "tokenizer.json"))
     folder = here if own else model.directory / "tokenizer"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdprune_jax import UserError
-from sdprune_jax.files import tensors
+from sdprune_jax.files import json_files
 from sdprune_jax.models.noise_schedule import Schedule
 
 _FULL_CHANNELS = [320, 640, 1280, 1280]  # of the released UNets, 865,910,724 parameters
@@ -78,7 +78,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file cannot be read, or is that of another class or of custom code.
     """
-    values = tensors.read_json(path)
+    values = json_files.read_json(path)
     if "auto_map" in values:
         raise UserError(f"{path} names code of its own (auto_map), which is never run")
     for key in ("_class_name", "architectures"):  # of diffusers, of transformers
@@ -101,7 +101,7 @@ def write_small_files(source: pathlib.Path, new: pathlib.Path, schedule: Schedul
         new: the directory that is written.
         schedule: becomes `scheduler/scheduler_config.json`.
     """
-    tensors.write_json(_made(new / "scheduler") / "scheduler_config.json", schedule.to_json())
+    json_files.write_json(_made(new / "scheduler") / "scheduler_config.json", schedule.to_json())
     for folder in ("tokenizer", "feature_extractor"):
         for file in sorted((source / folder).glob("*")):
             if file.suffix in (".json", ".txt") and file.is_file():
@@ -112,11 +112,11 @@ def write_small_files(source: pathlib.Path, new: pathlib.Path, schedule: Schedul
 
     processor = new / "feature_extractor" / "preprocessor_config.json"
     if processor.is_file():  # the class of the past is no longer found
-        values = tensors.read_json(processor)
+        values = json_files.read_json(processor)
         values.pop("feature_extractor_type", None)
-        tensors.write_json(processor, values | {"image_processor_type": "CLIPImageProcessor"})
+        json_files.write_json(processor, values | {"image_processor_type": "CLIPImageProcessor"})
     path = source / "model_index.json"
-    index = tensors.read_json(path) if path.is_file() else {}
+    index = json_files.read_json(path) if path.is_file() else {}
     index |= {
         name: list(CLASSES[name][:2]) for name in ("text_encoder", "unet", "vae", "tokenizer")
     }
@@ -130,7 +130,7 @@ def write_small_files(source: pathlib.Path, new: pathlib.Path, schedule: Schedul
     }
     if processor.is_file():
         index["feature_extractor"] = list(CLASSES["feature_extractor"][:2])
-    tensors.write_json(new / "model_index.json", dict(sorted(index.items())))
+    json_files.write_json(new / "model_index.json", dict(sorted(index.items())))
 
 
 def _without_flax(name: Any) -> Any:

@@ -12,7 +12,7 @@ import jax
 from absl import logging
 
 from sdprune_jax import UserError, sharding
-from sdprune_jax.files import tensors
+from sdprune_jax.files import json_files
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def save_config(workdir: str, values: Mapping[str, Any]) -> None:
     try:
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            tensors.write_json(path, values)
+            json_files.write_json(path, values)
     except OSError as error:
         raise UserError(unwritable(workdir, error)) from error
 

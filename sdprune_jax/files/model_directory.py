@@ -17,7 +17,7 @@ import numpy as np
 
 from sdprune_jax import UserError, sharding
 from sdprune_jax.files import configs as config_files
-from sdprune_jax.files import convert, tensors, weights
+from sdprune_jax.files import convert, json_files, tensors, weights
 from sdprune_jax.files.weights import load_params as load_params
 from sdprune_jax.files.weights import save_params as save_params
 from sdprune_jax.models import clip, unet, vae
@@ -81,7 +81,7 @@ def open_model(directory: str | os.PathLike[str]) -> ModelConfig:
         ValueError: naming everything that is not Stable Diffusion 2.
     """
     directory = pathlib.Path(directory)
-    problems = config_files.index_problems(tensors.read_json(directory / "model_index.json"))
+    problems = config_files.index_problems(json_files.read_json(directory / "model_index.json"))
     readers = {
         "text_encoder": clip.TextConfig.from_json,
         "unet": unet.UNetConfig.from_json,
@@ -254,7 +254,7 @@ def _write_config(
     if component == "text_encoder":  # transformers loads in the dtype that it reads here
         leaf = next(iter(convert.flatten(params).values()))
         values["torch_dtype"] = np.dtype(dtype or leaf.dtype).name
-    tensors.write_json(new / component / "config.json", values)
+    json_files.write_json(new / component / "config.json", values)
 
 
 def _copy_component(source: pathlib.Path, target: pathlib.Path, variant: str | None) -> None:
@@ -266,7 +266,7 @@ def _copy_component(source: pathlib.Path, target: pathlib.Path, variant: str | N
         names |= {shard: shard for shard in tensors.read_weight_map(path).values()}
     for name, new_name in names.items():
         shutil.copyfile(source / name, target / new_name)  # a link would share later writes
-    tensors.write_json(target / "config.json", config_files.read_config(source / "config.json"))
+    json_files.write_json(target / "config.json", config_files.read_config(source / "config.json"))
 
 
 def _replace(directory: pathlib.Path, new: pathlib.Path) -> None:

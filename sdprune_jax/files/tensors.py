@@ -1,11 +1,10 @@
-"""safetensors files and the JSON beside them: opened with suspicion, written in a stream."""
+"""safetensors files: opened with suspicion, written in a stream."""
 
 import json
 import math
 import os
 import pathlib
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,12 +15,11 @@ import safetensors
 from jaxtyping import Shaped
 
 from sdprune_jax import UserError
-from sdprune_jax.files import checksums
+from sdprune_jax.files import checksums, json_files
 
 FLOATS = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
 _INTEGERS = {"I64": np.int64, "I32": np.int32}
 _NAMES = {np.dtype(dtype): name for name, dtype in (FLOATS | _INTEGERS).items()}
-_MAX_JSON_BYTES = 10**7  # the header of the whole of Stable Diffusion 2 has 2e5
 _STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and as transformers call the file
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -84,7 +82,7 @@ def open_tensors(
         problems += [f"{name} has {key} unlisted" for key in sorted(held.keys() - listed)]
         stored |= held
     if problems:
-        raise UserError(f"{path} does not describe its files:\n  {listing(problems)}")
+        raise UserError(f"{path} does not describe its files:\n  {json_files.listing(problems)}")
     return stored
 
 
@@ -94,7 +92,7 @@ def read_weight_map(index: pathlib.Path) -> dict[str, str]:
     Raises:
         ValueError: if a name is not that of a safetensors file in the directory of the index.
     """
-    weight_map = read_json(index).get("weight_map")
+    weight_map = json_files.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")
     names = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
@@ -174,32 +172,6 @@ def num_bytes(spec: jax.ShapeDtypeStruct) -> int:
     return math.prod(spec.shape) * spec.dtype.itemsize
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads one JSON object.
-
-    Raises:
-        ValueError: if the file is missing, enormous, nested without end, or no JSON object.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise UserError(f"{path} has {path.stat().st_size} bytes, at most {_MAX_JSON_BYTES}")
-    return _parse_json(path.read_bytes(), str(path))
-
-
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def listing(problems: list[str], limit: int = 20) -> str:
-    """The first of `problems`, one a line, and how many more there are."""
-    more = [f"... and {len(problems) - limit} more"] if len(problems) > limit else []
-    return "\n  ".join(problems[:limit] + more)
-
-
 def _check_header(path: pathlib.Path) -> None:
     """Refuses what the safetensors library accepts or explains badly."""
     size = path.stat().st_size
@@ -217,24 +189,9 @@ def _check_header(path: pathlib.Path) -> None:
                 f"{path} is cut short: {size} bytes, of which the header needs {8 + length}; "
                 "download it again"
             )
-        if length > _MAX_JSON_BYTES:
-            raise UserError(f"{path}: the header has {length} bytes, at most {_MAX_JSON_BYTES}")
+        if length > json_files.MAX_BYTES:
+            raise UserError(
+                f"{path}: the header has {length} bytes, at most {json_files.MAX_BYTES}"
+            )
         file.seek(8)
-        _parse_json(file.read(length), f"{path}: the header")
-
-
-def _parse_json(text: bytes, what: str) -> dict[str, Any]:
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
-            raise UserError(f"keys occur twice: {listing(twice)}")
-        return values
-
-    try:
-        values = json.loads(text, object_pairs_hook=refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is not JSON that can be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{what} is a JSON {type(values).__name__}, expected an object")
-    return values
+        json_files.parse_json(file.read(length), f"{path}: the header")

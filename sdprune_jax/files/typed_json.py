@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from sdprune_jax import UserError
-from sdprune_jax.files.tensors import listing
+from sdprune_jax.files.json_files import listing
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from absl import logging
 from jaxtyping import Shaped
 
 from sdprune_jax import UserError
-from sdprune_jax.files import convert, tensors
+from sdprune_jax.files import convert, json_files, tensors
 from sdprune_jax.sharding import to_host
 
 MAX_SHARD_BYTES = 10 * 10**9  # as in diffusers: every part of Stable Diffusion 2 is one file
@@ -60,7 +60,8 @@ def load_params(
             problems.append(f"{convert.torch_key(path)}: {count} values")
     if problems and not allow_nonfinite:
         raise UserError(
-            f"{directory}: {len(problems)} tensors are not finite:\n  {tensors.listing(problems)}\n"
+            f"{directory}: {len(problems)} tensors are not finite:\n  "
+            f"{json_files.listing(problems)}\n"
             "the weights are damaged, or too large for the dtype"
         )
     return convert.unflatten(flat, shapes)
@@ -125,14 +126,14 @@ def save_params(
     if problems:
         raise UserError(
             f"{directory}: {len(problems)} tensors are not finite as {dtype or 'they are'}:\n  "
-            + tensors.listing(problems)
+            + json_files.listing(problems)
         )
     if num_lost:
         logging.info("%s: %d weights became zero, being too small", directory, num_lost)
     if len(files) > 1 and jax.process_index() == 0:
         total = sum(map(tensors.num_bytes, specs.values()))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        tensors.write_json(directory / f"{name}.safetensors.index.json", index)
+        json_files.write_json(directory / f"{name}.safetensors.index.json", index)
 
 
 def _match(
@@ -154,7 +155,7 @@ def _match(
             misshapen.append(f"{names[key]}: {tensor.dtype} {tensor.shape}, expected {shape}")
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape or dtype": misshapen}
     problems = [
-        f"{len(items)} {kind}:\n  {tensors.listing(items)}"
+        f"{len(items)} {kind}:\n  {json_files.listing(items)}"
         for kind, items in kinds.items()
         if items
     ]

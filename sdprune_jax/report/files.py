@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from sdprune_jax import UserError
-from sdprune_jax.files import tensors
+from sdprune_jax.files import json_files
 from sdprune_jax.report import forms
 
 
@@ -44,11 +44,11 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
     contents, problems = [], []
     for name, form in forms.FORMS.items():
         path = workdir / name
-        contents.append(tensors.read_json(path) if path.exists() else {})
+        contents.append(json_files.read_json(path) if path.exists() else {})
         problems += _misfits(contents[-1], form, path.name) if path.exists() else []
     texts = {}
     for path in sorted((workdir / "experts").glob("*/prompts.json")):
-        texts[path.parent.name] = tensors.read_json(path)
+        texts[path.parent.name] = json_files.read_json(path)
         problems += _misfits(
             texts[path.parent.name], {"*": [str]}, f"{path.parent.name}/{path.name}"
         )
@@ -61,7 +61,7 @@ def read(workdir: pathlib.Path, num_images: int) -> Files:
     if problems:
         raise UserError(
             f"{workdir} cannot be reported; run the stage again that wrote what is wrong:\n  "
-            + tensors.listing(problems)
+            + json_files.listing(problems)
         )
     return Files(
         prune,

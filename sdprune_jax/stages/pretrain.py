@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from sdprune_jax import artefacts, config, sharding
 from sdprune_jax.data import captions, emoji, pictures, tokenizer
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.files import json_files, model_directory
 from sdprune_jax.files.weights import save_params
 from sdprune_jax.models import clip, unet, vae
 from sdprune_jax.pretrain import autoencoder, contrastive, denoiser, soup
@@ -110,7 +110,7 @@ def _write_clip(directory: pathlib.Path, clip_config: clip.CLIPConfig, params: l
     sharding.wait_for_all(directory.name)
     save_params(directory, params, dtype=np.float16, name="model")
     if jax.process_index() == 0:
-        tensors.write_json(directory / "config.json", clip_config.to_json())
+        json_files.write_json(directory / "config.json", clip_config.to_json())
 
 
 def _tokenizer(

@@ -20,7 +20,7 @@ from sdprune_jax.data import cache, captions
 from sdprune_jax.evaluate import needs, task
 from sdprune_jax.evaluate.measurement import Measurement
 from sdprune_jax.evaluate.protocols import PROTOCOLS, Protocol
-from sdprune_jax.files import convert, model_directory, tensors
+from sdprune_jax.files import convert, json_files, model_directory
 from sdprune_jax.models import samplers
 from sdprune_jax.pruning import request
 from sdprune_jax.scoring.calibration import Calibration
@@ -309,7 +309,7 @@ def _refuse(
             except ValueError as error:
                 problems.append(f"{where}.{name}: {error}")
     if problems:
-        raise UserError("config.sweep is not possible:\n  " + tensors.listing(problems))
+        raise UserError("config.sweep is not possible:\n  " + json_files.listing(problems))
 
 
 def check(run: config.Run, num_devices: int) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Int32, Key, Shaped, UInt8
 
 from sdprune_jax import UserError, pipeline, sharding
 from sdprune_jax.data import cache, emoji, pictures, tokenizer
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.files import json_files, model_directory
 from sdprune_jax.models import clip, noise_schedule, sentence, vae
 from sdprune_jax.training import loop
 
@@ -129,7 +129,7 @@ def encoder_config(
             f"config.router.data.encoder is {encoder!r}, expected `text_encoder` or a"
             " directory of sentence-transformers, which has a config.json"
         )
-    return sentence.SentenceConfig.from_json(tensors.read_json(file))
+    return sentence.SentenceConfig.from_json(json_files.read_json(file))
 
 
 def encode(

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Shaped, UInt32
 
 from sdprune_jax import UserError
-from sdprune_jax.files import tensors
+from sdprune_jax.files import json_files, tensors
 
 _STATE, _CHECKSUMS = "default", "checksums"  # directories of a step; Orbax's name of a sole item
 _NUM_KEPT = 2
@@ -94,7 +94,7 @@ def restore(directory: pathlib.Path, like: Any) -> tuple[int, Any] | None:
     if problems:
         lines = [f"step {step}: {problem}" for step, problem in problems.items()]
         raise UserError(
-            f"no checkpoint in {directory} can be restored:\n  {tensors.listing(lines)}\n"
+            f"no checkpoint in {directory} can be restored:\n  {json_files.listing(lines)}\n"
             "  if the config has changed, choose another workdir; to start anew, delete them"
         )
     return None
@@ -132,7 +132,7 @@ def _read(path: pathlib.Path, like: Any) -> tuple[Any, str]:
         handler: Any = ocp.StandardCheckpointHandler()  # its types do not name pathlib's paths
         _check_shapes(handler.metadata(path / _STATE), like)
         state = handler.restore(path / _STATE, args=ocp.args.StandardRestore(like))
-        expected = tensors.read_json(path / _CHECKSUMS / "metadata")
+        expected = json_files.read_json(path / _CHECKSUMS / "metadata")
     except Exception as error:  # a damaged file makes Orbax raise anything, Exception itself too
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     if problem:  # Orbax leaves coroutines that nobody awaits, of which Python would warn later
@@ -153,7 +153,7 @@ def _check_shapes(saved: Any, like: Any) -> None:
         if there.get(name) != wanted.get(name)
     ]
     if wrong:
-        raise UserError(f"of another configuration: {tensors.listing(wrong)}")
+        raise UserError(f"of another configuration: {json_files.listing(wrong)}")
 
 
 def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
@@ -167,7 +167,7 @@ def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
 def _differences(state: Any, expected: Mapping[str, int]) -> str:
     sums = checksums(state)
     wrong = [name for name in sorted(sums) if sums[name] != expected.get(name)]
-    return f"not as it was saved: {tensors.listing(wrong)}" if wrong else ""
+    return f"not as it was saved: {json_files.listing(wrong)}" if wrong else ""
 
 
 def _on_every_process(is_so: bool) -> bool:

@@ -9,7 +9,7 @@ import jax
 from absl import logging
 
 from sdprune_jax import UserError, sharding
-from sdprune_jax.files import tensors
+from sdprune_jax.files import json_files
 
 # What may change while a training goes on: when it ends, what it logs, and how it uses memory.
 _MAY_CHANGE = ("num_steps", "cycles", "log_every", "save_every", "num_evals", "remat")
@@ -35,7 +35,7 @@ def keep(directory: pathlib.Path, settings: Mapping[str, Any], force: bool) -> b
     file = directory / _FILE
     now = dict(_flat(json.loads(json.dumps(settings))))
     begun = any(path.name.isdigit() for path in directory.glob("**/checkpoints/*"))
-    values = tensors.read_json(file) if begun and file.exists() else {}
+    values = json_files.read_json(file) if begun and file.exists() else {}
     sharding.wait_for_all(file.name)  # all have read it
     before, forced = values.get("settings", {}), values.get("forced", [])
     changes = [
@@ -44,7 +44,7 @@ def keep(directory: pathlib.Path, settings: Mapping[str, Any], force: bool) -> b
         if before[key] != now[key] and key.rpartition(".")[2] not in _MAY_CHANGE
     ]
     if sharding.of_first(lambda: bool(changes)) and not force:
-        lines = tensors.listing(changes or ["see what the first process says"])
+        lines = json_files.listing(changes or ["see what the first process says"])
         raise UserError(
             f"{directory} was begun with other settings:\n  {lines}\n  put them back, or choose"
             " another workdir; to start anew, delete it; to train on from what is there with the"
@@ -54,7 +54,7 @@ def keep(directory: pathlib.Path, settings: Mapping[str, Any], force: bool) -> b
         logging.warning("%s: %s, by --force", directory, change)
     if jax.process_index() == 0 and now != before:
         directory.mkdir(parents=True, exist_ok=True)
-        tensors.write_json(file, {"settings": now, "forced": forced + changes})
+        json_files.write_json(file, {"settings": now, "forced": forced + changes})
     return begun
 
 

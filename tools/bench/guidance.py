@@ -19,7 +19,7 @@ import jax
 
 from sdprune_jax import config, main, sharding
 from sdprune_jax.evaluate import protocols
-from sdprune_jax.files import tensors
+from sdprune_jax.files import json_files
 
 
 def measure(model: str, guidance_scale: float, num_images: int) -> dict[str, float]:
@@ -30,7 +30,7 @@ def measure(model: str, guidance_scale: float, num_images: int) -> dict[str, flo
     with tempfile.TemporaryDirectory() as directory:
         run = config.Run(workdir=directory, model=model, evaluate=section)
         (record,) = main.run_stages(run)
-        figures = tensors.read_json(record)["models"]["dense"]["figures"]
+        figures = json_files.read_json(record)["models"]["dense"]["figures"]
     return figures["fd_clip_embedded"]
 
 

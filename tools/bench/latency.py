@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdprune_jax import sites
-from sdprune_jax.files import model_directory, tensors
+from sdprune_jax.files import json_files, model_directory
 from sdprune_jax.models import clip, noise_schedule, unet, vae
 from sdprune_jax.sites import macs
 from sdprune_jax.slicing import bksdm, structured
@@ -63,7 +63,7 @@ def main() -> None:
 
 def _as_first_expert(run: pathlib.Path, config: unet.UNetConfig) -> sites.Architecture:
     """As many units of every site, in proportion, as the expert keeps; at least one."""
-    record = tensors.read_json(run / "experts" / "experts.json")
+    record = json_files.read_json(run / "experts" / "experts.json")
     kept = record["experts"][0]["kept"]
     lender = model_directory.open_model(model_directory.directory_of(record["model"])).unet
     shares = {site.name: kept[site.name] / site.units for site in sites.table(lender)}
