@@ -124,6 +124,17 @@ def test_components_left_out_are_copied(models, model, params, shapes, copied, t
         tiny_pipeline.reload(tmp_path / "new", name)
 
 
+def test_what_is_written_into_an_output_stays_out_of_the_source(model, params, copied, tmp_path):
+    source = dataclasses.replace(model, directory=copied)
+    model_directory.save(source, {"unet": params["unet"]}, tmp_path / "new", dtype=None)
+    contents = lambda root: {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    before = contents(copied)
+    for path in contents(tmp_path / "new"):
+        with path.open("r+b") as file:  # as cp does: the file stays, its bytes change
+            file.write(b"changed")
+    assert contents(copied) == before
+
+
 def test_text_encoder_is_read_with_and_without_prefix(params, shapes, copied):
     path = copied / "text_encoder/model.safetensors"
     bare = {key.removeprefix("text_model."): x for key, x in load_file(path).items()}
