@@ -1,4 +1,4 @@
-"""tools/convert.py --from aptp, on files of the layout that the authors of APTP publish."""
+"""sdprune convert --from aptp, on files of the layout that the authors of APTP publish."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sdprune_jax import artefacts, config, sites
+from sdprune_jax import UserError, artefacts, config, sites
 from sdprune_jax.aptp import gates, layout, router, router_training
 from sdprune_jax.commands import aptp_files
 from sdprune_jax.commands import convert as tool
@@ -167,10 +167,10 @@ def test_what_is_computed_in_another_way_is_refused_with_every_reason(model, tmp
     with pytest.raises(ValueError, match="embedding_gs is missing") as error:
         aptp_files.read_pruning(tmp_path / "other", LAYOUT)
     assert "mh_fc.2.bias has shape (1,), expected (2,)" in str(error.value)
-    with pytest.raises(SystemExit, match="needs --config"):
+    with pytest.raises(UserError, match="needs --config"):
         tool.main([str(tmp_path / "other"), str(tmp_path / "run")])
     (tmp_path / "run" / "router").mkdir(parents=True)
-    with pytest.raises(SystemExit, match=re.escape("router exists: choose another")):
+    with pytest.raises(UserError, match=re.escape("router exists: choose another")):
         _convert(tmp_path / "other", tmp_path / "run", model)
 
 
@@ -198,7 +198,7 @@ def test_expert_is_read_by_the_shapes_of_its_tensors(model, tmp_path):
 
     del flat["mid_block.resnets.0.conv1.bias"]
     save_file(flat, source / "unet" / STEM)
-    with pytest.raises(SystemExit, match=r"mid_block\.resnets\.0\.conv1\.bias"):
+    with pytest.raises(UserError, match=r"mid_block\.resnets\.0\.conv1\.bias"):
         tool.main([str(source), str(tmp_path / "01"), "--config", str(model.directory)])
-    with pytest.raises(SystemExit, match="no single file"):
+    with pytest.raises(UserError, match="no single file"):
         tool.main([str(source), str(tmp_path / "a.safetensors"), "--config", str(model.directory)])

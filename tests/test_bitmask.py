@@ -11,6 +11,7 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
+from sdprune_jax import UserError
 from sdprune_jax.commands import pack, sparse_files
 from sdprune_jax.files import bitmask, model_directory, tensors
 
@@ -282,14 +283,14 @@ def test_packed_tensors_are_aligned_and_described(source, tmp_path):
 def test_names_that_are_taken_and_places_inside_are_refused(source, tmp_path):
     (tmp_path / "there").mkdir()
     for target, message in ((tmp_path / "there", "exists"), (source / "packed", "is inside")):
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        with pytest.raises(UserError, match=message):
             _run(source, target)
-    with pytest.raises(SystemExit, match=r"has no \*\.safetensors in text_encoder/, unet/, vae/"):
+    with pytest.raises(UserError, match=r"has no \*\.safetensors in text_encoder/, unet/, vae/"):
         _run(tmp_path, tmp_path.with_name("new"))
-    with pytest.raises(SystemExit, match="there is nothing to unpack"):
+    with pytest.raises(UserError, match="there is nothing to unpack"):
         _run("--unpack", source, tmp_path / "new")
     _run(source, tmp_path / "packed")
-    with pytest.raises(SystemExit, match="is packed: unpack it"):
+    with pytest.raises(UserError, match="is packed: unpack it"):
         _run(tmp_path / "packed", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -298,7 +299,7 @@ def test_dtype_that_numpy_lacks_is_refused(source, tmp_path):
     path = source / "vae" / "diffusion_pytorch_model.safetensors"
     text = json.dumps({"x.weight": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}})
     path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(8))
-    with pytest.raises(SystemExit, match=r"dtypes other than F16[^\n]*\n  x\.weight: F8_E4M3"):
+    with pytest.raises(UserError, match=r"dtypes other than F16[^\n]*\n  x\.weight: F8_E4M3"):
         _run(source, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
 
@@ -333,7 +334,7 @@ def test_damaged_file_is_refused_and_nothing_is_left(case, source, tmp_path):
     change, message = DAMAGE[case]
     _run(source, tmp_path / "packed")
     _rewrite(tmp_path / "packed" / "text_encoder" / "model.sparse.safetensors", change)
-    with pytest.raises(SystemExit, match=rf"(?s)error: .*model.sparse.safetensors.*{message}"):
+    with pytest.raises(UserError, match=rf"(?s)model.sparse.safetensors.*{message}"):
         _run("--unpack", tmp_path / "packed", tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "pruned"]
 
@@ -347,7 +348,7 @@ def test_wrong_packing_is_noticed_while_packing(source, tmp_path, monkeypatch):
         return parts
 
     monkeypatch.setattr(bitmask, "to_bitmask", forget_one)
-    with pytest.raises(SystemExit, match="is damaged: sha256"):
+    with pytest.raises(UserError, match="is damaged: sha256"):
         _run(source, tmp_path / "packed")
     assert sorted(os.listdir(tmp_path)) == ["pruned"]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdprune_jax import UserError
 from sdprune_jax.commands import prepare_data
 from sdprune_jax.data import captioned, cc3m, sampling
 
@@ -194,9 +195,9 @@ def test_the_command_shows_the_counts_and_what_was_skipped(source, tmp_path, cap
     assert "4  no picture was downloaded: 'line 1', 'line 3', 'line 4', ...\n" in shown
     prepare_data.main(["cc3m", str(source), data, "--split", "validation", "--captions-only"])
     assert "8  rows of 8\n        0  skipped\n" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"error: COCO needs .*annotations"):
+    with pytest.raises(UserError, match=r"COCO needs .*annotations"):
         prepare_data.main(["coco", str(source), data, "--split", "val2017"])
-    with pytest.raises(SystemExit, match=r"max_skipped is a fraction in \[0, 1\), got 7.0"):
+    with pytest.raises(UserError, match=r"max_skipped is a fraction in \[0, 1\), got 7.0"):
         prepare_data.main(
             ["cc3m", str(source), data, "--split", "validation", "--max-skipped", "7"]
         )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdprune_jax import sites
+from sdprune_jax import UserError, sites
 from sdprune_jax.commands import compare
 from sdprune_jax.files import model_directory
 from sdprune_jax.sites import macs
@@ -158,10 +158,10 @@ def test_rows_are_compared_image_by_image(models, tmp_path, capsys):
     assert dense == ["dense", ""]
     mean, low, high = (float(x.strip("[,]")) for x in far[1].split())
     assert 2.3 < low < mean < high < 2.7
-    with pytest.raises(SystemExit, match="expected one of dense, near, far"):
+    with pytest.raises(UserError, match="expected one of dense, near, far"):
         compare.main([*arguments, "--against=nearest"])
     _run(tmp_path / "old", models, routed)
-    with pytest.raises(SystemExit, match=r"no values of each image of old: delete evaluate\.json"):
+    with pytest.raises(UserError, match=r"no values of each image of old: delete evaluate\.json"):
         compare.main([str(runs[0]), str(tmp_path / "old"), "--repeats=0", "--against=near"])
 
 
@@ -169,7 +169,7 @@ def test_runs_that_do_not_compare_are_refused_with_every_reason(models, tmp_path
     routed = {"directory": str(models / "half")}
     first = _run(tmp_path / "first", models, routed)
     other = _run(tmp_path / "other", models, routed, evaluated=7)
-    with pytest.raises(SystemExit, match="do not compare") as error:
+    with pytest.raises(UserError, match="do not compare") as error:
         compare.main([str(first), str(tmp_path / "none"), str(other)])
     assert "none has no evaluate.json" in str(error.value)
     assert "evaluated 7" in str(error.value)

@@ -1,4 +1,4 @@
-"""tools/convert.py, against the converters of diffusers and by round trips."""
+"""sdprune convert, against the converters of diffusers and by round trips."""
 
 import importlib
 import json
@@ -13,6 +13,7 @@ import tiny_pipeline
 from flax import serialization
 from safetensors.numpy import load_file, save_file
 
+from sdprune_jax import UserError
 from sdprune_jax.commands import convert as tool
 from sdprune_jax.commands import flax_files, infer_configs, single_file
 from sdprune_jax.files import convert, model_directory, tensors
@@ -135,10 +136,10 @@ def test_single_files_keep_what_diffusers_cannot_hold(source, tmp_path, capsys):
     save_file(data | extra, tmp_path / "one.safetensors")
     arguments = [str(tmp_path / "one.safetensors"), str(tmp_path / "new"), "--config", str(source)]
     tool.main(arguments)
-    said = capsys.readouterr().out
-    assert "6 tensors have no place" in said
-    assert "resblocks.2 (2 tensors)" in said
-    assert "alphas_cumprod (1 tensors)" in said
+    printed = capsys.readouterr().out
+    assert "6 tensors have no place" in printed
+    assert "resblocks.2 (2 tensors)" in printed
+    assert "alphas_cumprod (1 tensors)" in printed
     assert not (tmp_path / "new" / single_file.EXTRA_FILE).exists()
     tool.main([*arguments, "--overwrite", "--keep-extra"])
     tool.main([str(tmp_path / "new"), str(tmp_path / "two.safetensors")])
@@ -214,5 +215,5 @@ def test_files_that_are_not_flax_are_refused(tmp_path, data):
 def test_mistakes_are_explained_in_one_line(source, tmp_path, arguments, message):
     save_file({"a": np.ones(1)}, tmp_path / "one.safetensors")
     arguments = [argument.format(tmp=tmp_path, source=source) for argument in arguments]
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         tool.main(arguments)

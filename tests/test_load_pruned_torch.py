@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 
 
 def _cut(model, directory, architecture):
-    """Writes what is left as an expert is written."""
+    """Writes the sliced UNet as an expert is written."""
     dense = jax.tree.map(np.asarray, model_directory.load(model, "unet"))
     params, config = sites.slice_params(dense, model.unet, architecture)
     sliced = model_directory.ModelConfig(
@@ -44,7 +44,7 @@ def _compiled():
 
 
 def _assert_same(model, directory, gates):
-    """The same as the dense UNet with gates gives, whose program other tests have too."""
+    """Compares PyTorch's output with that of the dense UNet under gates, compiled once."""
     rng = np.random.default_rng(3)
     x = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
     timestep, text = np.array([10, 700]), rng.normal(size=(2, 5, 12)).astype(np.float32)
@@ -139,10 +139,11 @@ def test_command_says_what_is_left_and_draws(model, tmp_path, capsys):
     torch_model.main(
         [str(directory), "--prompt", "a red apple", "--output", str(picture), "--num-steps", "2"]
     )
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     shapes = model_directory.param_shapes(model_directory.open_model(directory), "unet")
-    assert f"{sum(x.size for x in jax.tree.leaves(shapes)):,} parameters" in said
-    assert "random input gives 1 x 4 x 8 x 8, finite" in said
+    assert f"{sum(x.size for x in jax.tree.leaves(shapes)):,} parameters" in printed
+    assert "random input gives 1 x 4 x 8 x 8, finite" in printed
     assert picture.stat().st_size > 100
-    with pytest.raises(SystemExit, match="error: "):
+    with pytest.raises(SystemExit, match="2"):
         torch_model.main([str(tmp_path)])
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} has no unet/config.json")

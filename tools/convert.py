@@ -5,7 +5,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from sdprune_jax.commands import convert
+from sdprune_jax.commands import __main__ as commands
 
 if __name__ == "__main__":
-    convert.main()
+    commands.main(["convert", *sys.argv[1:]])

@@ -1,21 +1,20 @@
 r"""Converts Stable Diffusion 2 between diffusers, old Flax and single-file checkpoints.
 
+    sdprune convert models/sd2-1-base sd2.safetensors --dtype float16
+    sdprune convert v2-1_512-ema-pruned.safetensors models/sd2 --prediction-type epsilon
+    sdprune convert old-flax-model models/sd2
+
 Also reads what the authors of APTP publish: a pruning, into the router of a run, and experts.
 
-sdprune convert models/sd2-1-base sd2.safetensors --dtype float16
-sdprune convert v2-1_512-ema-pruned.safetensors models/sd2 --prediction-type epsilon
-sdprune convert old-flax-model models/sd2
-sdprune convert aptp/pruning runs/aptp --from aptp --config models/sd21
-sdprune convert aptp/arch3/checkpoint-30000 runs/aptp/finetuned/03 --from aptp \
-    --config models/sd21
+    sdprune convert aptp/pruning runs/aptp --from aptp --config models/sd21
+    sdprune convert aptp/arch3/checkpoint-30000 runs/aptp/finetuned/03 --from aptp \
+        --config models/sd21
 """
 
 import argparse
 import contextlib
 import os
 import pathlib
-import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,67 +28,51 @@ from sdprune_jax.commands import aptp_files, flax_files, infer_configs, single_f
 from sdprune_jax.files import json_files, model_directory, tensors
 
 DTYPES = {"keep": None, "float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
-FORMATS = ("diffusers", "flax", "single")
+FORMATS = ("auto", "diffusers", "flax", "single")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     source, target = args.source, args.target
-    try:
-        kind = _format(source) if args.source_format == "auto" else args.source_format
-        if args.target_format == "auto":
-            args.target_format = "single" if target.suffix == ".safetensors" else "diffusers"
-        if kind == "aptp" and args.config is None:
-            raise UserError("what APTP's authors publish needs --config: the dense model it is of")
-        if kind == "aptp" and args.target_format != "diffusers":
-            raise UserError("what APTP's authors publish has no single file: choose a directory")
-        if kind == "aptp" and (source / "hypernet").is_dir():
-            dense = model_directory.open_model(args.config)
-            print(aptp_files.write_pruning(source, target, dense, args.encoder))
-            return
-        if target.exists() and not args.overwrite:
-            raise UserError(f"{target} exists: choose another name, or add --overwrite")
-        if target.is_dir() and not (target / "model_index.json").is_file():
-            raise UserError(f"{target} is not a model, so it is not overwritten")
-        with _configs(args, kind) as model:
-            params, extra = _read(args, kind, model)
-            _write(args, model, params, extra)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    kind = _format(source) if args.source_format == "auto" else args.source_format
+    if args.target_format == "auto":
+        args.target_format = "single" if target.suffix == ".safetensors" else "diffusers"
+    if kind == "aptp" and args.config is None:
+        raise UserError("what APTP's authors publish needs --config: the dense model it is of")
+    if kind == "aptp" and args.target_format != "diffusers":
+        raise UserError("what APTP's authors publish has no single file: choose a directory")
+    if kind == "aptp" and (source / "hypernet").is_dir():
+        dense = model_directory.open_model(args.config)
+        print(aptp_files.write_pruning(source, target, dense, args.encoder))
+        return
+    if target.exists() and not args.overwrite:
+        raise UserError(f"{target} exists: choose another name, or add --overwrite")
+    if target.is_dir() and not (target / "model_index.json").is_file():
+        raise UserError(f"{target} is not a model, so it is not overwritten")
+    with _configs(args, kind) as model:
+        params, extra = _read(args, kind, model)
+        _write(args, model, params, extra)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=pathlib.Path)
-    parser.add_argument("target", type=pathlib.Path)
-    forms = ("auto", *FORMATS, "aptp")
-    parser.add_argument("--from", dest="source_format", choices=forms, default="auto")
-    parser.add_argument("--to", dest="target_format", choices=("auto", *FORMATS), default="auto")
-    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the weights written")
-    parser.add_argument("--variant", help="of the weights read: fp16 for *.fp16.safetensors")
-    parser.add_argument(
-        "--config",
-        type=pathlib.Path,
-        help="diffusers directory: configs, tokenizer of a single file; of aptp, the dense model",
-    )
-    parser.add_argument(
-        "--encoder",
-        default="models/all-mpnet-base-v2",
-        help="of prompts, for a pruning of aptp: the directory of sentence-transformers",
-    )
-    parser.add_argument(
-        "--prediction-type",
-        choices=("epsilon", "v_prediction"),
-        help="of a single file without --config: epsilon at 512 pixels, v_prediction at 768",
-    )
-    parser.add_argument(
-        "--keep-extra",
-        action="store_true",
-        help=f"keep what is no parameter in {single_file.EXTRA_FILE}",
-    )
-    parser.add_argument("--overwrite", action="store_true")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sdprune convert", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("source", type=pathlib.Path)
+    add("target", type=pathlib.Path)
+    add("--from", dest="source_format", choices=(*FORMATS, "aptp"), default="auto")
+    add("--to", dest="target_format", choices=FORMATS, default="auto")
+    add("--dtype", choices=DTYPES, default="keep", help="dtype of the weights written")
+    add("--variant", help="fp16 reads *.fp16.safetensors")
+    text = "diffusers directory: configs, tokenizer of a single file; of aptp, the dense model"
+    add("--config", type=pathlib.Path, help=text)
+    text = "directory of sentence-transformers that embeds prompts, for a pruning of aptp"
+    add("--encoder", default="models/all-mpnet-base-v2", help=text)
+    text = "what a single file predicts: epsilon at 512 pixels, v_prediction at 768"
+    add("--prediction-type", choices=("epsilon", "v_prediction"), help=text)
+    text = f"keep what is no parameter in {single_file.EXTRA_FILE}"
+    add("--keep-extra", action="store_true", help=text)
+    add("--overwrite", action="store_true")
     return parser
 
 
@@ -153,20 +136,17 @@ def _write(
     extra: Mapping[str, tensors.StoredTensor],
 ) -> None:
     target, dtype = args.target, DTYPES[args.dtype]
-    new = target.with_name(f"{target.name}.new")
     if args.target_format == "single":
+        new = target.with_name(f"{target.name}.new")
         single_file.write(new, model, params, dtype, extra)
         os.replace(new, target)
         return
     if args.target_format == "diffusers":
         model_directory.save(model, params, target, dtype=dtype, overwrite=args.overwrite)
     else:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        flax_files.write(new, model, params, dtype)
-        if target.exists():
-            shutil.rmtree(target)
-        new.rename(target)
+        with model_directory.replacing(target) as new:
+            new.mkdir(parents=True)
+            flax_files.write(new, model, params, dtype)
     if extra and args.keep_extra:
         kept = {name: tensor.read() for name, tensor in extra.items()}
         safetensors.numpy.save_file(kept, target / single_file.EXTRA_FILE)
@@ -177,7 +157,7 @@ def _write(
 
 
 def _group(name: str) -> str:
-    """The block that a tensor belongs to, or its own name."""
+    """Returns the block that a tensor belongs to, or its own name."""
     if name.startswith("model_ema."):
         return "model_ema"
     head, is_layer, rest = name.partition(".resblocks.")

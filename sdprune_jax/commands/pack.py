@@ -3,18 +3,16 @@ r"""Packs the weights of a pruned model, so that a zero takes one bit, and unpac
     sdprune pack runs/quickstart/pruned packed
     sdprune pack --unpack packed models/pruned
 
-Files of text_encoder/, unet/ and vae/ that get smaller are packed (see tools/sparse_files.py) and
-called *.sparse.safetensors, so that nothing loads them for whole weights: unpack them first. All
-else is copied. Every file is compared with its dense weights when packed, and again when unpacked.
-One tensor at a time is in memory. The model runs no faster for it.
+Files of text_encoder/, unet/ and vae/ that get smaller are packed and called *.sparse.safetensors,
+so that nothing loads them for whole weights: unpack them first. All else is copied. Every file is
+compared with its dense weights when packed, and again when unpacked. One tensor at a time is in
+memory. The model runs no faster for it.
 """
 
 import argparse
-import os
 import pathlib
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sdprune_jax import UserError
@@ -34,17 +32,13 @@ class Sizes(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sdprune pack", description=__doc__, formatter_class=raw)
     parser.add_argument("source", type=pathlib.Path, help="a diffusers directory")
     parser.add_argument("target", type=pathlib.Path, help="must not exist")
     parser.add_argument("--unpack", action="store_true")
     args = parser.parse_args(arguments)
-    try:
-        print(table((unpack if args.unpack else pack)(args.source, args.target)))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    print(table((unpack if args.unpack else pack)(args.source, args.target)))
 
 
 def pack(source: pathlib.Path, target: pathlib.Path) -> list[Sizes]:
@@ -75,21 +69,17 @@ def unpack(source: pathlib.Path, target: pathlib.Path) -> list[Sizes]:
 
 
 def table(files: Sequence[Sizes]) -> str:
-    """Bytes before and after: of each file that changed, of the others, and of all."""
+    """Lays out bytes before and after: of each file that changed, of the others, and of all."""
     changed = [row for row in files if row.before != row.after]
     others = [row for row in files if row.before == row.after]
-    rows = [*changed, _total(f"{len(others)} other files", others), _total("all", files)]
+    total = lambda name, part: Sizes(name, sum(x.before for x in part), sum(x.after for x in part))
+    rows = [*changed, total(f"{len(others)} other files", others), total("all", files)]
     width = max(len(row.name) for row in rows)
     lines = [f"{'file':{width}} {'bytes before':>15} {'after':>15} {'ratio':>6}"]
     for name, before, after in rows:
         ratio = after / before if before else 1.0
         lines.append(f"{name:{width}} {before:15,} {after:15,} {ratio:6.3f}")
     return "\n".join(lines)
-
-
-def _total(name: str, files: Iterable[Sizes]) -> Sizes:
-    files = list(files)
-    return Sizes(name, sum(row.before for row in files), sum(row.after for row in files))
 
 
 def _weights(source: pathlib.Path, ending: str) -> list[pathlib.Path]:
@@ -114,7 +104,7 @@ def _copy(
     weights: Sequence[pathlib.Path],
     convert: Callable[[pathlib.Path, pathlib.Path], pathlib.Path],
 ) -> list[Sizes]:
-    """Copies all files, `weights` by `convert`; the directory has its name when it is complete."""
+    """Copies all files, `weights` by `convert`, and returns their sizes."""
     if target.exists():
         raise UserError(f"{target} exists: choose another name")
     if target.resolve().is_relative_to(source.resolve()):
@@ -127,17 +117,7 @@ def _copy(
         name = path.relative_to(source).as_posix()
         sizes.append(Sizes(name, path.stat().st_size, made.stat().st_size))
 
-    new = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-    new.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with model_directory.replacing(target) as new:
         shutil.copytree(source, new, copy_function=copy)
-        for path in (new, *new.rglob("*")):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        new.rename(target)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
     return sorted(sizes)

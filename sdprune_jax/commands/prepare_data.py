@@ -1,14 +1,15 @@
 """Makes a dataset of captions and pictures for evaluation, and shows what was skipped.
 
-sdprune prepare-data coco downloads/coco data --split val2014
-sdprune prepare-data coco downloads/coco data --split train2017 --captions-only
-sdprune prepare-data cc3m downloads/cc3m data --split validation
+    sdprune prepare-data coco downloads/coco data --split val2014
+    sdprune prepare-data coco downloads/coco data --split train2017 --captions-only
+    sdprune prepare-data cc3m downloads/cc3m data --split validation
+
+The official files have to be there: nothing is downloaded.
 """
 
 import argparse
 import importlib
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from sdprune_jax import config
@@ -16,8 +17,9 @@ from sdprune_jax.data import sources
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "sdprune prepare-data", description=__doc__, formatter_class=raw
     )
     parser.add_argument("dataset", choices=config.DATASETS)
     parser.add_argument("source", type=pathlib.Path, help="directory of the official files")
@@ -29,18 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=float,
         default=sources.MAX_SKIPPED,
         metavar="FRACTION",
-        help="of the source that may be unusable (%(default)s)",
+        help="share of the source that may be unusable (%(default)s)",
     )
     args = parser.parse_args(arguments)
-    try:
-        dataset = importlib.import_module(f"sdprune_jax.data.{args.dataset}").prepare(
-            args.source,
-            args.data_dir,
-            args.split,
-            has_images=not args.captions_only,
-            max_skipped=args.max_skipped,
-        )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    dataset = importlib.import_module(f"sdprune_jax.data.{args.dataset}").prepare(
+        args.source,
+        args.data_dir,
+        args.split,
+        has_images=not args.captions_only,
+        max_skipped=args.max_skipped,
+    )
     print(f"{len(dataset.records):>9,}  rows of {dataset.num_positions:,}")
     print(sources.table(dataset.skips))

@@ -1,15 +1,14 @@
 """safetensors files in which zeros take one bit: what sdprune pack reads and writes.
 
 A tensor `NAME.weight` that gets smaller is held as `NAME.shape`, `NAME.compressed`, `NAME.bitmask`
-and `NAME.row_offsets` (sdprune_jax/bitmask.py); the others as they are. Under `KEY` the metadata of
-the header hold JSON: `version`; `format`; `packed`, the names; `sha256` of the dense contents, by
-name and in the order of the file that was packed, so that its contents return in that order.
+and `NAME.row_offsets` (`files.bitmask`); the others as they are. Under `KEY` the metadata of the
+header hold JSON: `version`; `format`; `packed`, the names; `sha256` of the dense contents, by name
+and in the order of the file that was packed, so that its contents return in that order.
 """
 
 import functools
 import hashlib
 import json
-import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,15 +21,13 @@ from sdprune_jax.files import bitmask, json_files, tensors
 
 VERSION = 1
 KEY = "sdprune_jax.sparse"
-_INTEGERS = {"I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
-_DTYPES = {name: np.dtype(dtype) for name, dtype in (tensors.FLOATS | _INTEGERS).items()}
 _HEADER_BYTES = 400  # three tensors more to describe, and the name once more
 
 
 class Entry(NamedTuple):
-    """A tensor to write; `dtype` as safetensors calls it."""
+    """A tensor to write."""
 
-    dtype: str
+    dtype: str  # as safetensors calls it, such as "F16"
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
@@ -92,7 +89,7 @@ def _part_names(name: str) -> list[str]:
 
 def _read(tensor: tensors.StoredTensor) -> np.ndarray:
     if 0 in tensor.shape:  # which safetensors cannot slice
-        return np.zeros(tensor.shape, _DTYPES[tensor.dtype])
+        return np.zeros(tensor.shape, tensors.DTYPES[tensor.dtype])
     return tensor.read()
 
 
@@ -165,25 +162,18 @@ def _parse_record(path: pathlib.Path, text: str) -> dict[str, Any]:
 def _opened(path: pathlib.Path) -> tuple[dict[str, tensors.StoredTensor], dict[str, str]]:
     """Tensors in the order of the contents, and the metadata."""
     stored = tensors.open_file(path)
-    unknown = [f"{name}: {x.dtype}" for name, x in stored.items() if x.dtype not in _DTYPES]
+    unknown = [f"{name}: {x.dtype}" for name, x in stored.items() if x.dtype not in tensors.DTYPES]
     if unknown:
-        raise UserError(
-            f"{path} has dtypes other than {', '.join(_DTYPES)}:\n  {json_files.listing(unknown)}"
-        )
+        known = ", ".join(tensors.DTYPES)
+        raise UserError(f"{path} has dtypes other than {known}:\n  {json_files.listing(unknown)}")
     with safetensors.safe_open(path, framework="numpy") as file:
         return {name: stored[name] for name in file.offset_keys()}, dict(file.metadata() or {})
 
 
 def _write(path: pathlib.Path, metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
     """Writes a file in the order of `entries`, one tensor in memory at a time."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, (dtype, shape, _) in entries.items():
-        start, end = end, end + math.prod(shape) * _DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    stored = {name: entry[:2] for name, entry in entries.items()}
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(tensors.header(stored, metadata))
         for entry in entries.values():
             file.write(entry.read().tobytes())

@@ -5,13 +5,12 @@ r"""Loads an expert, or any sliced model of ours, into PyTorch: diffusers with n
         --prompt "a red apple" --output apple.png
 
 Prints what is left of the UNet, and runs it on random input. It needs torch, diffusers and
-safetensors, and nothing of this package: copy the file to where the GPUs are.
+safetensors, and nothing of this package: copied to where the GPUs are, this file is a program.
 """
 
 import argparse
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,8 +18,6 @@ from typing import Any
 import diffusers
 import torch
 from safetensors.torch import load_file
-
-from sdprune_jax import UserError
 
 _FF_UNITS = 32  # groups of neurons that a feed-forward network is pruned in
 _STEM = "diffusion_pytorch_model"
@@ -47,13 +44,13 @@ def load_unet(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> diffusers.UNet2DConditionModel:
-    """The UNet of a diffusers directory, with layers as wide as the weights are, blocks left out.
+    """Loads the UNet of a diffusers directory, its layers as narrow as the weights are.
 
     Args:
-        directory: a model's, or its `unet/`. A dense model is loaded too.
+        directory: a model's, dense or sliced, or its `unet/`.
         variant: "fp16" reads `*.fp16.safetensors`.
-        dtype: to compute in.
-        device: as torch names it.
+        dtype: dtype to compute in.
+        device: PyTorch's name of the device, such as "cuda:1".
 
     Raises:
         ValueError: naming every tensor that is missing, left over or of another shape.
@@ -65,7 +62,7 @@ def load_unet(
         state = {key: x.to(dtype) for key, x in _tensors(folder, variant).items()}
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise UserError(f"{folder} does not fit its config.json: {error}") from error
+        raise ValueError(f"{folder} does not fit its config.json: {error}") from error
     return model.to(device).eval()
 
 
@@ -76,7 +73,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> diffusers.StableDiffusionPipeline:
-    """The whole model around `load_unet`, with the sampler that its scheduler names."""
+    """Loads the whole model around `load_unet`, with the sampler that its scheduler names."""
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
         directory,
         unet=load_unet(directory, variant=variant, dtype=dtype),
@@ -90,11 +87,11 @@ def load_pipeline(
 
 
 def empty_unet(values: Mapping[str, Any]) -> diffusers.UNet2DConditionModel:
-    """The UNet of a `unet/config.json` on the device `meta`: shapes, and no memory.
+    """Builds the UNet of a `unet/config.json` on the device `meta`: shapes, and no memory.
 
     Args:
-        values: those of diffusers, and `kept_units`: pairs of a site and its units that are left.
-            0 of a site that ends in `.depth` is a block that was removed.
+        values: what diffusers writes, and `kept_units`: pairs of a site and how many of its units
+            are left. A site that ends in `.depth` with 0 units is a block that was removed.
 
     Raises:
         ValueError: naming the sites that are not of this UNet, or have other numbers of units.
@@ -111,7 +108,7 @@ def empty_unet(values: Mapping[str, Any]) -> diffusers.UNet2DConditionModel:
             except ValueError as error:
                 problems.append(str(error))
     if problems:
-        raise UserError("kept_units of config.json is not possible:\n  " + "\n  ".join(problems))
+        raise ValueError("kept_units of config.json is not possible:\n  " + "\n  ".join(problems))
     return model
 
 
@@ -122,7 +119,7 @@ def _shrink(model: torch.nn.Module, site: str, units: int) -> None:
     is_resnet = isinstance(module, diffusers.models.resnet.ResnetBlock2D)
     if site.endswith(".depth"):
         if units not in (0, 1):
-            raise UserError(f"{site} is {units}, expected 0, which removes it, or 1")
+            raise ValueError(f"{site} is {units}, expected 0, which removes it, or 1")
         if units == 0:
             parent, _, index = path.rpartition(".")
             channels = module.out_channels if is_resnet else module.in_channels
@@ -131,7 +128,7 @@ def _shrink(model: torch.nn.Module, site: str, units: int) -> None:
         return
     dense = module.norm2.num_groups if is_resnet else getattr(module, "heads", _FF_UNITS)
     if not 1 <= units <= dense:
-        raise UserError(f"{site} has {units} units left, expected 1 to {dense}")
+        raise ValueError(f"{site} has {units} units left, expected 1 to {dense}")
     if is_resnet:
         width = units * (module.out_channels // dense)
         module.conv1 = _conv(module.conv1, module.conv1.in_channels, width)
@@ -165,32 +162,29 @@ def _unet_folder(directory: str | pathlib.Path) -> pathlib.Path:
     for folder in (directory / "unet", directory):
         if (folder / "config.json").is_file():
             return folder
-    raise UserError(
+    raise ValueError(
         f"{directory} has no unet/config.json: give a model's directory, such as finetuned/00 in"
         " the working directory of a run"
     )
 
 
 def _tensors(folder: pathlib.Path, variant: str | None) -> dict[str, torch.Tensor]:
-    """All tensors of a component, from one file or from the several of an index."""
+    """Reads all tensors of a component, from one file or from the several of an index."""
     mark = f".{variant}" if variant else ""
     whole = folder / f"{_STEM}{mark}.safetensors"
     index = folder / f"{_STEM}.safetensors.index{mark}.json"
     if whole.is_file():
         return load_file(whole)
     if not index.is_file():
-        raise UserError(f"{folder} has neither {whole.name} nor {index.name}")
+        raise ValueError(f"{folder} has neither {whole.name} nor {index.name}")
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     return {key: x for name in names for key, x in load_file(folder / name).items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
-    how = {
-        "variant": args.variant,
-        "dtype": getattr(torch, args.dtype),
-        "device": args.device,
-    }
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    how = {"variant": args.variant, "dtype": getattr(torch, args.dtype), "device": args.device}
     try:
         model = load_unet(args.directory, **how)
         print(_parameters(model, _unet_folder(args.directory)))
@@ -208,22 +202,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             picture.save(args.output)
             print(args.output)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sdprune torch", description=__doc__, formatter_class=raw)
     parser.add_argument("directory", type=pathlib.Path)
-    parser.add_argument("--variant", help="of the files: fp16 for *.fp16.safetensors")
+    parser.add_argument("--variant", help="fp16 reads *.fp16.safetensors")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompt", help="also draw a picture of it")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("picture.png"))
     parser.add_argument("--num-steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=7.5)
-    parser.add_argument("--seed", type=int, default=0, help="of torch: other noise than ours")
+    parser.add_argument("--seed", type=int, default=0, help="of torch, whose noise is not JAX's")
     return parser
 
 
@@ -251,11 +244,15 @@ def _forward(model: diffusers.UNet2DConditionModel) -> str:
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        found = model(latents, 500, text).sample.float().cpu()
+        output = model(latents, 500, text).sample.float().cpu()
         seconds.append(time.perf_counter() - start)
-    shape = " x ".join(map(str, found.shape))
-    finite = "finite" if found.isfinite().all() else "NOT FINITE"
+    shape = " x ".join(map(str, output.shape))
+    finite = "finite" if output.isfinite().all() else "NOT FINITE"
     return (
-        f"random input gives {shape}, {finite}, standard deviation {found.std():.3f};"
+        f"random input gives {shape}, {finite}, standard deviation {output.std():.3f};"
         f" {1000 * min(seconds):.1f} ms a call"
     )
+
+
+if __name__ == "__main__":
+    main()

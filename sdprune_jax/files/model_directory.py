@@ -3,6 +3,7 @@
 Optimizer states are saved by `train`; parameters and configs of finished models only here.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -10,7 +11,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -199,19 +200,39 @@ def save(
         if not (directory / "model_index.json").is_file():
             raise UserError(f"{directory} is not a model, so it is not overwritten")
     sharding.wait_for_all(f"{directory.name} checked")
-    is_writer = jax.process_index() == 0
-    new = directory.with_name(f"{directory.name}.tmp")
-    try:
-        if is_writer:
-            shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed
+    with replacing(directory) as new:
         write(model, params, new, dtype=dtype, variant=variant, max_shard_bytes=max_shard_bytes)
+    sharding.wait_for_all(f"{directory.name} written")
+
+
+@contextlib.contextmanager
+def replacing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a name for a new directory, which takes the place of `directory` when it is whole.
+
+    If the block fails nothing of the new directory is left, and `directory` is as it was. Every
+    process may enter the block; the first one removes and renames.
+    """
+    new, old = (directory.with_name(f"{directory.name}.{end}") for end in ("tmp", "old"))
+    is_writer = jax.process_index() == 0
+    remove = lambda path: shutil.rmtree(path, ignore_errors=True) if is_writer else None
+    remove(new)  # left by a run that was killed
+    try:
+        yield new
     except BaseException:
-        if is_writer:
-            shutil.rmtree(new, ignore_errors=True)
+        remove(new)
         raise
     if is_writer:
-        _replace(directory, new)
-    sharding.wait_for_all(f"{directory.name} written")
+        for path in (new, *new.rglob("*")):  # a name must not survive a crash that its bytes do not
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if directory.exists() and any(directory.iterdir()):
+            remove(old)  # left by a save that was killed at its end
+            directory.rename(old)
+            new.rename(directory)
+            remove(old)
+        else:
+            new.rename(directory)
 
 
 def write(
@@ -278,17 +299,3 @@ def _copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
             fcntl.ioctl(new, _FICLONE, old.fileno())
     except OSError:  # another file system, or one that shares nothing
         shutil.copyfile(source, target)
-
-
-def _replace(directory: pathlib.Path, new: pathlib.Path) -> None:
-    """Puts `new`, once all of it is on the disk, in the place of `directory`."""
-    for path in (new, *new.rglob("*")):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    old = directory.with_name(f"{directory.name}.old")
-    if directory.exists() and any(directory.iterdir()):
-        shutil.rmtree(old, ignore_errors=True)  # left by a save that was killed at its end
-        directory.rename(old)
-    new.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)

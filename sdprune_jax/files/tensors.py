@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,9 @@ from sdprune_jax import UserError
 from sdprune_jax.files import checksums, json_files
 
 FLOATS = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
-_INTEGERS = {"I64": np.int64, "I32": np.int32}
-_NAMES = {np.dtype(dtype): name for name, dtype in (FLOATS | _INTEGERS).items()}
+_INTEGERS = {"I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
+DTYPES = {name: np.dtype(dtype) for name, dtype in (FLOATS | _INTEGERS).items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and as transformers call the file
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -36,7 +37,7 @@ class StoredTensor(NamedTuple):
 
 
 def find_weights(directory: str | os.PathLike[str], variant: str | None = None) -> pathlib.Path:
-    """The safetensors file of a component, or the index of its several files.
+    """Finds the safetensors file of a component, or the index of its several files.
 
     Raises:
         ValueError: if there is none, or more than one.
@@ -45,12 +46,12 @@ def find_weights(directory: str | os.PathLike[str], variant: str | None = None) 
     mark = f".{variant}" if variant else ""
     names = [f"{stem}{mark}.safetensors" for stem in _STEMS]
     names += [f"{stem}.safetensors.index{mark}.json" for stem in _STEMS]
-    found = [directory / name for name in names if (directory / name).exists()]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    paths = [directory / name for name in names if (directory / name).exists()]
+    if len(paths) == 1:
+        return paths[0]
+    if paths:
         raise UserError(
-            f"{directory} holds the weights more than once: {', '.join(p.name for p in found)}; "
+            f"{directory} holds the weights more than once: {', '.join(p.name for p in paths)}; "
             "keep one"
         )
     here = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
@@ -58,14 +59,14 @@ def find_weights(directory: str | os.PathLike[str], variant: str | None = None) 
     if any(name.endswith(_PICKLES) for name in here):
         hint += "; pickles are not read because they can run code: convert them to safetensors"
     if any(name.endswith(".msgpack") for name in here):
-        hint += "; tools/convert.py converts Flax weights"
+        hint += "; sdprune convert converts Flax weights"
     raise UserError(f"{directory} has neither {names[0]} nor {names[1]}: {hint}")
 
 
 def open_tensors(
     directory: str | os.PathLike[str], variant: str | None = None
 ) -> dict[str, StoredTensor]:
-    """All tensors of a component, unread, from one file or from the several of an index.
+    """Opens all tensors of a component, unread, in one file or in the several of an index.
 
     Raises:
         ValueError: if a file is not intact, or the index does not tell what the files hold.
@@ -87,7 +88,7 @@ def open_tensors(
 
 
 def read_weight_map(index: pathlib.Path) -> dict[str, str]:
-    """The file of every tensor, as an index names them.
+    """Reads which file holds each tensor from an index.
 
     Raises:
         ValueError: if a name is not that of a safetensors file in the directory of the index.
@@ -103,7 +104,7 @@ def read_weight_map(index: pathlib.Path) -> dict[str, str]:
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """The tensors of one file, unread.
+    """Opens the tensors of one file, unread.
 
     Raises:
         ValueError: if the file is not an intact safetensors file, saying what it is instead.
@@ -138,23 +139,33 @@ def write_file(
     """
     # The order of the safetensors library, so that equal tensors make equal files.
     names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers insist on it
-    end = 0
-    for name in names:
-        start, end = end, end + num_bytes(specs[name])
-        kind, shape = _NAMES[specs[name].dtype], specs[name].shape
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    stored = {name: (_NAMES[specs[name].dtype], specs[name].shape) for name in names}
     sums = {}
     is_writer = jax.process_index() == 0
     with checksums.writing(path if is_writer else pathlib.Path(os.devnull)) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header(stored, {"format": "pt"}))  # older transformers insist on it
         for name in names:
             data = read(name).tobytes()
             sums[name] = zlib.crc32(data)
             file.write(data)
     return sums
+
+
+def header(stored: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """Returns the start of a safetensors file, up to its contents.
+
+    Args:
+        stored: dtype, as safetensors calls it, and shape of every tensor, in the order of contents.
+        metadata: written under `__metadata__`, unless empty.
+    """
+    values: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, (kind, shape) in stored.items():
+        start, end = end, end + math.prod(shape) * DTYPES[kind].itemsize
+        values[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def check_file(

@@ -161,7 +161,7 @@ def _stored_gates(directory: pathlib.Path, fit_budget: str) -> Float[Array, "k d
     """The gates of the last training step of a router that was converted."""
     path, problems = directory / assignment.CODE_GATES, []
     if not path.is_file():
-        problems.append(f"{path} is not there: only routers of tools/convert.py have it")
+        problems.append(f"{path} is not there: only routers that sdprune convert wrote have it")
     if fit_budget != "none":
         problems.append("fit_budget moves logits, not gates that are stored: set it to none")
     if problems:
